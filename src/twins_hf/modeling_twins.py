@@ -1,0 +1,528 @@
+# Copyright 2026 The twins_hf contributors. Licensed under the Apache License, Version 2.0.
+"""
+Twins-PCPVT and Twins-SVT ("Twins: Revisiting the Design of Spatial Attention in Vision Transformers", arXiv
+2104.13840), with the UPerNet decode head the paper segments with.
+
+Inside a stage, hidden states are (batch, height, width, channels); between stages, and wherever they leave the model,
+(batch, channels, height, width).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, initialization
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SemanticSegmenterOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_twins import TwinsConfig
+
+
+class TwinsPatchEmbeddings(nn.Module):
+    """Non-overlapping patches, projected and normalised: (B, C, H, W) -> (B, H/patch, W/patch, hidden_size)."""
+
+    def __init__(self, config: TwinsConfig, stage_idx: int):
+        super().__init__()
+        self.patch_size = config.patch_sizes[stage_idx]
+        self.patch_padding = config.patch_padding
+        in_channels = config.num_channels if stage_idx == 0 else config.hidden_sizes[stage_idx - 1]
+        hidden_size = config.hidden_sizes[stage_idx]
+        self.projection = nn.Conv2d(in_channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
+        self.layernorm = nn.LayerNorm(hidden_size)  # epsilon 1e-5 whatever layer_norm_eps, as in every reference
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        height, width = feature_map.shape[-2:]
+        pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
+        if self.patch_padding and (pad_bottom or pad_right):
+            feature_map = nn.functional.pad(feature_map, (0, pad_right, 0, pad_bottom))
+        embeddings = self.projection(feature_map).permute(0, 2, 3, 1)
+        return self.dropout(self.layernorm(embeddings))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out. Queries (B, heads, N, d), keys and values (B, heads, M, d) -> (B, N, heads, d) and
+    probabilities (B, heads, N, M). A boolean mask is true where a key may be attended to."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2), probabilities
+
+
+class TwinsAttention(nn.Module):
+    """What GSA and LSA share: multi-head attention by the configured implementation, and the output projection."""
+
+    def __init__(self, config: TwinsConfig, stage_idx: int):
+        super().__init__()
+        self.config = config
+        self.hidden_size = config.hidden_sizes[stage_idx]
+        self.num_attention_heads = config.num_attention_heads[stage_idx]
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.o_proj = nn.Linear(self.hidden_size, self.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def split_heads(self, tokens: torch.Tensor, num_projections: int) -> tuple[torch.Tensor, ...]:
+        """(B, N, projections * C) -> one (B, heads, N, d) for each projection."""
+        batch_size, length, _ = tokens.shape
+        shape = (batch_size, length, num_projections, self.num_attention_heads, self.head_dim)
+        return tokens.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Heads (B, heads, N, d) -> tokens (B, N, C) and, where the implementation gives them, probabilities."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, probabilities = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return context.reshape(*context.shape[:2], self.hidden_size), probabilities
+
+
+class TwinsGlobalSubsampledAttention(TwinsAttention):
+    """GSA (section 3.2 of the paper): every position attends to a map whose sides are reduced `sr_ratio` times."""
+
+    def __init__(self, config: TwinsConfig, stage_idx: int):
+        super().__init__(config, stage_idx)
+        self.sr_ratio = config.sr_ratios[stage_idx]
+        self.q_proj = nn.Linear(self.hidden_size, self.hidden_size, bias=config.qkv_bias)
+        self.kv_proj = nn.Linear(self.hidden_size, 2 * self.hidden_size, bias=config.qkv_bias)
+        if self.sr_ratio > 1:
+            self.sequence_reduction = nn.Conv2d(
+                self.hidden_size, self.hidden_size, kernel_size=self.sr_ratio, stride=self.sr_ratio
+            )
+            self.layernorm = nn.LayerNorm(self.hidden_size)  # epsilon 1e-5, as in every reference
+
+    def reduce(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) -> (B, H//sr_ratio * W//sr_ratio, C); a remainder at the edge is not seen."""
+        if self.sr_ratio == 1:
+            return hidden_states.flatten(1, 2)
+        height, width = hidden_states.shape[1:3]
+        if height < self.sr_ratio or width < self.sr_ratio:
+            raise ValueError(
+                f"pixel_values are too small: a feature map of {height}x{width} cannot be reduced by "
+                f"sr_ratio={self.sr_ratio}; images need at least 32 pixels a side."
+            )
+        reduced = self.sequence_reduction(hidden_states.permute(0, 3, 1, 2))
+        return self.layernorm(reduced.flatten(2).transpose(1, 2))
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        (query,) = self.split_heads(self.q_proj(hidden_states.flatten(1, 2)), 1)
+        key, value = self.split_heads(self.kv_proj(self.reduce(hidden_states)), 2)
+        context, probabilities = self.attend(query, key, value, **kwargs)
+        return self.dropout(self.o_proj(context)).view(hidden_states.shape), probabilities
+
+
+class TwinsLocallyGroupedAttention(TwinsAttention):
+    """
+    LSA (section 3.2 of the paper): attention within windows. A map that is no multiple of the window is padded at the
+    right and bottom, and the padding is masked.
+    """
+
+    def __init__(self, config: TwinsConfig, stage_idx: int):
+        super().__init__(config, stage_idx)
+        self.window_size = config.window_sizes[stage_idx]
+        self.qkv_proj = nn.Linear(self.hidden_size, 3 * self.hidden_size, bias=config.qkv_bias)
+
+    def partition(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) of whole windows -> (B * windows, window * window, C)."""
+        batch_size, height, width, channels = hidden_states.shape
+        side = self.window_size
+        windows = hidden_states.view(batch_size, height // side, side, width // side, side, channels)
+        return windows.transpose(2, 3).reshape(-1, side * side, channels)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, height, width, channels = hidden_states.shape
+        side = self.window_size
+        pad_bottom, pad_right = -height % side, -width % side
+        padded_height, padded_width = height + pad_bottom, width + pad_right
+
+        attention_mask = None
+        if pad_bottom or pad_right:
+            is_real = hidden_states.new_ones((1, height, width, 1), dtype=torch.bool)
+            is_real = self.partition(nn.functional.pad(is_real, (0, 0, 0, pad_right, 0, pad_bottom)))
+            attention_mask = is_real.view(-1, 1, 1, side * side).repeat(batch_size, 1, 1, 1)
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, pad_right, 0, pad_bottom))
+
+        qkv = self.qkv_proj(self.partition(hidden_states))
+        query, key, value = self.split_heads(qkv, 3)
+        context, probabilities = self.attend(query, key, value, attention_mask, **kwargs)
+
+        # (B * windows, window * window, C) -> (B, H, W, C)
+        context = context.view(batch_size, padded_height // side, padded_width // side, side, side, channels)
+        context = context.transpose(2, 3).reshape(batch_size, padded_height, padded_width, channels)
+        context = context[:, :height, :width]
+        return self.dropout(self.o_proj(context)), probabilities
+
+
+class TwinsMLP(nn.Module):
+    def __init__(self, config: TwinsConfig, stage_idx: int):
+        super().__init__()
+        hidden_size = config.hidden_sizes[stage_idx]
+        intermediate_size = hidden_size * config.mlp_ratios[stage_idx]
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+class TwinsDropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, a whole sample's branch is dropped with `drop_prob`."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return hidden_states
+        keep_prob = 1 - self.drop_prob
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep_prob).div_(keep_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class TwinsLayer(GradientCheckpointingLayer):
+    """One pre-norm transformer block; hidden states (B, H, W, C) in and out."""
+
+    def __init__(self, config: TwinsConfig, stage_idx: int, layer_idx: int, drop_path: float):
+        super().__init__()
+        hidden_size, eps = config.hidden_sizes[stage_idx], config.layer_norm_eps
+        is_local = config.window_sizes is not None and layer_idx % 2 == 0
+        attention_class = TwinsLocallyGroupedAttention if is_local else TwinsGlobalSubsampledAttention
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=eps)
+        self.attention = attention_class(config, stage_idx)
+        self.drop_path = TwinsDropPath(drop_path)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=eps)
+        self.mlp = TwinsMLP(config, stage_idx)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attention_output, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(attention_output)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class TwinsPositionEncoding(nn.Module):
+    """Conditional position encoding (arXiv 2102.10882): the map plus a 3x3 depthwise convolution of it."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.projection = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1, groups=hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.projection(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class TwinsStage(nn.Module):
+    """Patch embedding (but in stage 1, whose patches are the model's stem), blocks, and the position encoding, which
+    comes after the first block: (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, config: TwinsConfig, stage_idx: int, drop_path_rates: list[float]):
+        super().__init__()
+        hidden_size = config.hidden_sizes[stage_idx]
+        self.patch_embeddings = TwinsPatchEmbeddings(config, stage_idx) if stage_idx > 0 else None
+        self.layers = nn.ModuleList(
+            TwinsLayer(config, stage_idx, layer_idx, drop_path) for layer_idx, drop_path in enumerate(drop_path_rates)
+        )
+        self.position_encoding = TwinsPositionEncoding(hidden_size)
+        self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps) if config.norm_after_stage else None
+
+    def forward(self, feature_map: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        if self.patch_embeddings is not None:
+            hidden_states = self.patch_embeddings(feature_map)
+        else:
+            hidden_states = feature_map.permute(0, 2, 3, 1)
+        for layer_idx, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, **kwargs)
+            if layer_idx == 0:
+                hidden_states = self.position_encoding(hidden_states)
+        if self.layernorm is not None:
+            hidden_states = self.layernorm(hidden_states)
+        return hidden_states.permute(0, 3, 1, 2)
+
+
+class TwinsPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what transformers needs to know of every Twins model."""
+
+    config_class = TwinsConfig
+    base_model_prefix = "twins"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TwinsStage"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": OutputRecorder(TwinsStage), "attentions": TwinsAttention}
+    # A classifier's final norm; segmentation models have none.
+    _keys_to_ignore_on_load_unexpected = [r"^(twins\.)?layernorm\."]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Linear layers: truncated normal. Convolutions: normal by their fan-out. Norms: identity. (Authors' code.)"""
+        if isinstance(module, nn.Linear):
+            initialization.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            initialization.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class TwinsModel(TwinsPreTrainedModel):
+    """
+    The Twins encoder.
+
+    Args:
+        config ([`TwinsConfig`]): The configuration.
+        add_final_norm (`bool`, defaults to `True`): Whether the encoder ends in a LayerNorm, as classifiers do and
+            segmentation models do not.
+    """
+
+    def __init__(self, config: TwinsConfig, add_final_norm: bool = True):
+        super().__init__(config)
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+        starts = [sum(config.depths[:stage_idx]) for stage_idx in range(4)]
+        self.embeddings = TwinsPatchEmbeddings(config, 0)
+        self.stages = nn.ModuleList(
+            TwinsStage(config, stage_idx, rates[start : start + depth])
+            for stage_idx, (start, depth) in enumerate(zip(starts, config.depths, strict=True))
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps) if add_final_norm else None
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised images of at
+                least 32 pixels a side.
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: `last_hidden_state` (batch_size, hidden_sizes[-1], height / 32, width / 32)
+            after the final norm, `pooler_output` its spatial mean, and, where asked for, `hidden_states` (the stem's
+            map and the four stages', (batch_size, channels, height, width)) and `attentions` (one a block).
+
+        Raises:
+            `ValueError`: if `pixel_values` have another number of channels or are too small.
+        """
+        if pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values have {pixel_values.shape[1]} channels (shape {tuple(pixel_values.shape)}), but the "
+                f"model's num_channels is {self.config.num_channels}."
+            )
+        feature_map = self.embeddings(pixel_values).permute(0, 3, 1, 2)
+        for stage in self.stages:
+            feature_map = stage(feature_map, **kwargs)
+        if self.layernorm is not None:
+            feature_map = self.layernorm(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=feature_map, pooler_output=feature_map.mean(dim=(-2, -1))
+        )
+
+
+def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear resizing of (B, C, H, W) to `size` (height, width), corners not aligned."""
+    return nn.functional.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
+
+
+class TwinsConvModule(nn.Module):
+    """Convolution without bias that keeps the size, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.batch_norm = nn.BatchNorm2d(out_channels)
+        self.activation = nn.ReLU()
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.batch_norm(self.conv(feature_map)))
+
+
+class TwinsPyramidPooling(nn.Module):
+    """PSPNet's pyramid pooling (arXiv 1612.01105): [map, pool 1, pool 2, ...], fused by a 3x3 convolution."""
+
+    def __init__(self, config: TwinsConfig):
+        super().__init__()
+        in_channels, width = config.hidden_sizes[-1], config.decoder_hidden_size
+        self.pools = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), TwinsConvModule(in_channels, width, kernel_size=1))
+            for scale in config.pool_scales
+        )
+        self.bottleneck = TwinsConvModule(in_channels + len(self.pools) * width, width, kernel_size=3)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        pooled = [resize(pool(feature_map), feature_map.shape[-2:]) for pool in self.pools]
+        return self.bottleneck(torch.cat([feature_map, *pooled], dim=1))
+
+
+class TwinsUperNetHead(nn.Module):
+    """UPerNet (arXiv 1807.10221): pyramid pooling on stage 4, a feature pyramid down to stage 1, all levels fused."""
+
+    def __init__(self, config: TwinsConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.pyramid_pooling = TwinsPyramidPooling(config)
+        self.lateral_convs = nn.ModuleList(
+            TwinsConvModule(channels, width, kernel_size=1) for channels in config.hidden_sizes[:-1]
+        )
+        self.fpn_convs = nn.ModuleList(
+            TwinsConvModule(width, width, kernel_size=3) for _ in config.hidden_sizes[:-1]
+        )
+        self.fpn_bottleneck = TwinsConvModule(len(config.hidden_sizes) * width, width, kernel_size=3)
+        self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
+        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)
+
+    def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Maps of the four stages -> logits (B, num_labels, H/4, W/4)."""
+        top = self.pyramid_pooling(feature_maps[-1])
+        laterals = [lateral(level) for lateral, level in zip(self.lateral_convs, feature_maps[:-1], strict=True)]
+
+        coarser = top
+        for level in reversed(range(len(laterals))):
+            laterals[level] = laterals[level] + resize(coarser, laterals[level].shape[-2:])
+            coarser = laterals[level]
+
+        levels = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=True)] + [top]
+        size = levels[0].shape[-2:]
+        fused = self.fpn_bottleneck(torch.cat([levels[0], *(resize(level, size) for level in levels[1:])], dim=1))
+        return self.classifier(self.dropout(fused))
+
+
+class TwinsAuxiliaryHead(nn.Module):
+    """FCN head on stage 3: one 3x3 convolution and the classifier, trained along, unused at inference."""
+
+    def __init__(self, config: TwinsConfig):
+        super().__init__()
+        self.conv = TwinsConvModule(config.hidden_sizes[2], config.auxiliary_channels, kernel_size=3)
+        self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
+        self.classifier = nn.Conv2d(config.auxiliary_channels, config.num_labels, kernel_size=1)
+
+    def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.classifier(self.dropout(self.conv(feature_maps[2])))
+
+
+class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
+    """
+    Twins with a decode head (and, for training, an auxiliary one) for semantic segmentation.
+
+    Raises:
+        `ValueError`: if `config.num_labels` is less than 2; a background counts as a class.
+    """
+
+    def __init__(self, config: TwinsConfig):
+        super().__init__(config)
+        if config.num_labels < 2:
+            raise ValueError(f"num_labels={config.num_labels} must be at least 2: a background counts as a class.")
+        self.twins = TwinsModel(config, add_final_norm=False)
+        self.decode_head = TwinsUperNetHead(config)
+        self.auxiliary_head = TwinsAuxiliaryHead(config) if config.use_auxiliary_head else None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, (TwinsUperNetHead, TwinsAuxiliaryHead)):
+            initialization.normal_(module.classifier.weight, std=0.01)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SemanticSegmenterOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised images of at
+                least 32 pixels a side.
+            labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*): Class ids in
+                `[0, config.num_labels - 1]`, or `config.semantic_loss_ignore_index`.
+
+        Returns:
+            [`SemanticSegmenterOutput`]: `logits` (batch_size, num_labels, height / 4, width / 4); with `labels` the
+            `loss`, cross-entropy at the labels' size, the auxiliary head's part included; `hidden_states` and
+            `attentions` where asked for, as [`TwinsModel`] gives them.
+
+        Raises:
+            `ValueError`: if `pixel_values` have another number of channels or are too small.
+        """
+        outputs = self.twins(pixel_values, **kwargs)
+        feature_maps = outputs.hidden_states[1:]
+        logits = self.decode_head(feature_maps)
+
+        loss = None
+        if labels is not None:
+            loss = self.segmentation_loss(logits, labels)
+            if self.auxiliary_head is not None:
+                auxiliary_loss = self.segmentation_loss(self.auxiliary_head(feature_maps), labels)
+                loss = loss + self.config.auxiliary_loss_weight * auxiliary_loss
+
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def segmentation_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Cross-entropy of logits (B, num_labels, h, w), resized to the labels (B, H, W), over the labelled pixels or
+        over all of them (`config.semantic_loss_reduction`); 0 where nothing is labelled."""
+        ignore_index = self.config.semantic_loss_ignore_index
+        upsampled = resize(logits.float(), labels.shape[-2:])
+        total = nn.functional.cross_entropy(upsampled, labels, ignore_index=ignore_index, reduction="sum")
+        if self.config.semantic_loss_reduction == "all":
+            return total / labels.numel()
+        return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+__all__ = ["TwinsForSemanticSegmentation", "TwinsModel", "TwinsPreTrainedModel"]

@@ -4,11 +4,29 @@ Importing the package registers its classes, so that `AutoConfig`, `AutoModel`, 
 `AutoImageProcessor` and `pipeline("image-segmentation")` know `model_type` "twins".
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+from transformers.utils import is_torchvision_available
 
 from .configuration_twins import TwinsConfig
+from .image_processing_pil_twins import TwinsImageProcessorPil
 from .modeling_twins import TwinsForSemanticSegmentation, TwinsModel, TwinsPreTrainedModel
+
+image_processor_classes = {"pil": TwinsImageProcessorPil}
+if is_torchvision_available():
+    from .image_processing_twins import TwinsImageProcessor
+
+    image_processor_classes["torchvision"] = TwinsImageProcessor
 
 AutoConfig.register(TwinsConfig.model_type, TwinsConfig)
 AutoModel.register(TwinsConfig, TwinsModel)
 AutoModelForSemanticSegmentation.register(TwinsConfig, TwinsForSemanticSegmentation)
+AutoImageProcessor.register(TwinsConfig, image_processor_classes=image_processor_classes)
+
+__all__ = [
+    "TwinsConfig",
+    "TwinsForSemanticSegmentation",
+    "TwinsImageProcessorPil",
+    "TwinsModel",
+    "TwinsPreTrainedModel",
+    *(["TwinsImageProcessor"] if is_torchvision_available() else []),
+]

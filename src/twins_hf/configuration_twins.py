@@ -64,7 +64,7 @@ class TwinsConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs.
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, default to 0.0): Dropout in [0, 1) of hidden states
             and of attention probabilities.
-        drop_path_rate (`float`, defaults to 0.2): Stochastic depth in [0, 1) of the last block, rising linearly from 0.
+        drop_path_rate (`float`, defaults to 0.2): Stochastic depth in [0, 1) of the last block; it rises linearly.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the linear layers' first weights.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the blocks', stages' and the final LayerNorm; the norms
             of patch embeddings and of reduced keys always have 1e-5.
@@ -81,7 +81,7 @@ class TwinsConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices: Stages among `stem, stage1, ..., stage4` that the backbone returns.
 
     Raises:
-        `ValueError`: (a `StrictDataclassError`) naming the field and value that do not fit.
+        `StrictDataclassError`: naming the field and value that do not fit.
 
     Example:
 

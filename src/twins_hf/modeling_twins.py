@@ -341,9 +341,7 @@ class TwinsModel(TwinsPreTrainedModel):
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised images of at
@@ -367,9 +365,7 @@ class TwinsModel(TwinsPreTrainedModel):
             feature_map = stage(feature_map, **kwargs)
         if self.layernorm is not None:
             feature_map = self.layernorm(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=feature_map, pooler_output=feature_map.mean(dim=(-2, -1))
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=feature_map, pooler_output=feature_map.mean(dim=(-2, -1)))
 
 
 def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -417,9 +413,7 @@ class TwinsUperNetHead(nn.Module):
         self.lateral_convs = nn.ModuleList(
             TwinsConvModule(channels, width, kernel_size=1) for channels in config.hidden_sizes[:-1]
         )
-        self.fpn_convs = nn.ModuleList(
-            TwinsConvModule(width, width, kernel_size=3) for _ in config.hidden_sizes[:-1]
-        )
+        self.fpn_convs = nn.ModuleList(TwinsConvModule(width, width, kernel_size=3) for _ in config.hidden_sizes[:-1])
         self.fpn_bottleneck = TwinsConvModule(len(config.hidden_sizes) * width, width, kernel_size=3)
         self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
         self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)

@@ -1,19 +1,16 @@
-"""A generated segmentation set: streets and rooms drawn by a seeded generator, for runs without a download.
+"""A generated segmentation set, streets and rooms drawn by a seeded generator: training without a download.
 
-Every scene is a small three-dimensional world, in metres, seen by a pinhole camera and painted from far to near. The
-eleven classes bear names of the ADE20K benchmark. Facades, walls, doors, sofas and cars are painted from one range of
-colours, so that shape, texture and place tell the classes apart and colour alone does not.
-
-Masks follow ADE20K: 0 is unlabelled, 1 to 11 are the classes in the order of `SCENE_CLASSES`.
+A scene is a small world in metres, seen by a pinhole camera and painted from far to near. Walls, facades, sofas and
+cars share one range of colours, so that shape, texture and place tell the classes apart and colour alone does not.
+The classes bear names of the ADE20K benchmark, and masks follow it: 0 is unlabelled, 1 to 11 are `SCENE_CLASSES`.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Split, Value
-from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFilter
 
 SCENE_CLASSES = (
@@ -30,282 +27,471 @@ SCENE_CLASSES = (
     "sofa, couch, lounge",
 )
 UNLABELLED, WALL, BUILDING, SKY, FLOOR, TREE, CEILING, ROAD, WINDOW, SIDEWALK, CAR, SOFA = range(12)
+GRAIN = np.array([2, 2, 3, 0.5, 3, 9, 1, 7, 1, 5, 1, 4], dtype=np.float32)  # surface noise by mask value, grey levels
 
-# Strength of the surface grain by mask value, in grey levels: leaves and asphalt are rough, painted walls are not.
-GRAIN = np.array([3, 2, 3, 1, 3, 11, 1.5, 7, 2, 4.5, 2, 4], dtype=np.float32)
-
-# What walls, facades, sofas and cars have in common.
-PAINTS = (
-    (196, 108, 82), (232, 212, 176), (150, 172, 136), (104, 128, 152), (208, 152, 146), (214, 166, 88), (168, 164, 158),
-    (72, 132, 134), (70, 90, 128), (154, 82, 70), (236, 232, 224), (88, 90, 98), (164, 194, 214), (170, 156, 192),
-)  # fmt: skip
-LEAVES = ((86, 128, 62), (112, 148, 74), (62, 104, 66), (142, 156, 78), (196, 146, 60), (186, 100, 62), (214, 150, 160))
+PAINTS = (  # from deep to pale
+    *((88, 90, 98), (70, 90, 128), (154, 82, 70), (72, 132, 134), (104, 128, 152), (196, 108, 82), (150, 172, 136)),
+    *(
+        (208, 152, 146),
+        (214, 166, 88),
+        (168, 164, 158),
+        (170, 156, 192),
+        (164, 194, 214),
+        (232, 212, 176),
+        (236, 232, 224),
+    ),
+)
+GREENS = ((86, 128, 62), (112, 148, 74), (62, 104, 66), (142, 156, 78))
+LEAVES = (*GREENS, *GREENS, (196, 146, 60), (186, 100, 62), (214, 150, 160))
+STONES = ((198, 188, 174), (176, 174, 174), (206, 180, 158))
+ASPHALTS = ((104, 104, 110), (124, 120, 118), (84, 86, 96))
 WOODS = ((176, 130, 88), (146, 102, 68), (204, 168, 124), (116, 84, 64), (188, 178, 166), (150, 150, 150))
-# Zenith, horizon, light on the scene.
-SKIES = (
+SKIES = (  # zenith, horizon, tint of the light
     ((88, 150, 214), (204, 226, 238), (1.04, 1.02, 0.98)),
     ((120, 172, 222), (236, 238, 232), (1.02, 1.02, 1.00)),
     ((156, 168, 182), (220, 222, 222), (0.93, 0.95, 0.98)),
     ((110, 128, 186), (250, 200, 156), (1.06, 0.97, 0.88)),
     ((74, 86, 140), (232, 160, 158), (0.90, 0.84, 0.92)),
 )
-GLASS = (74, 92, 112)
-NEAR = 0.5
+WHITE, GLASS, RUBBER, SHADOW, JOINT = (246, 242, 236), (74, 92, 112), (34, 34, 38), (20, 22, 40, 100), (50, 36, 30, 70)
+CAR_OUTLINES = (  # metres from the near bumper and above the ground: hatchback, saloon, van
+    ((0, 0.35), (0, 0.95), (0.4, 1.42), (2.4, 1.45), (3.1, 0.98), (4.0, 0.85), (4.1, 0.35)),
+    ((0, 0.35), (0, 0.95), (0.8, 0.98), (1.4, 1.42), (2.7, 1.42), (3.4, 0.95), (4.2, 0.8), (4.2, 0.35)),
+    ((0, 0.35), (0, 1.1), (0.15, 1.85), (3.0, 1.9), (3.7, 1.1), (4.1, 1.0), (4.2, 0.35)),
+)
+NEAR, FAR = 0.5, 1000.0  # metres
 
-Colour = tuple[int, ...]
-Plane = Callable[[float, float], tuple[float, float, float]]
+Colour = tuple[int, ...]  # red, green, blue in 0..255; a fourth number is the opacity
+Point = tuple[float, float, float]  # metres to the right of the camera, above the ground, ahead
+Plane = Callable[[float, float], Point]
 
 
 def mix(first: Colour, second: Colour, amount: float) -> Colour:
-    """The colour `amount` (0 to 1) of the way from `first` to `second`."""
-    return tuple(round(a + (b - a) * amount) for a, b in zip(first[:3], second[:3], strict=True))
+    return tuple(int(a + (b - a) * amount) for a, b in zip(first, second, strict=True))
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """`colour` darkened (factor below 1) or brightened, within 0 to 255."""
-    return tuple(min(255, round(value * factor)) for value in colour[:3])
+    return tuple([min(255, int(value * factor)) for value in colour])
 
 
-def pick(rng: np.random.Generator, colours: tuple[Colour, ...], spread: float = 14) -> Colour:
-    """One of `colours`, moved by up to `spread` grey levels in every channel."""
-    colour = colours[rng.integers(len(colours))]
-    return tuple(int(min(255, max(0, value + rng.uniform(-spread, spread)))) for value in colour)
+class Scene:
+    """A camera with its picture and mask, both kept at twice the final size so that the picture comes out smooth.
 
-
-class View:
-    """A pinhole camera over a picture and its mask, both at twice the final size so that the picture is antialiased.
-
-    The world is in metres: x to the right of the camera, y up from the ground, z ahead. A colour of four numbers is
-    blended by its alpha. A label of None leaves the mask as it is.
+    `horizon` and `vanish` are the vanishing point in fractions of height and width, `focal` is in widths, `eye` the
+    height of the camera in metres. What is drawn with a label of None leaves the mask as it is.
     """
 
-    def __init__(self, height: int, width: int, horizon: float, vanish: float, focal: float, eye: float):
-        self.height, self.width = height, width
-        self.horizon, self.vanish, self.focal, self.eye = horizon * height, vanish * width, focal * width, eye
-        self.image = Image.new("RGB", (2 * width, 2 * height))
-        self.mask = Image.new("L", (2 * width, 2 * height))
-        self.paint = ImageDraw.Draw(self.image, "RGBA")
+    def __init__(
+        self, rng: np.random.Generator, size: tuple[int, int], horizon: float, vanish: float, focal: float, eye: float
+    ):
+        height, width = (2 * side for side in size)
+        self.rng, self.horizon, self.vanish = rng, horizon * height, vanish * width
+        self.focal, self.eye = focal * width, eye
+        self.zenith, self.haze, self.light = SKIES[rng.integers(len(SKIES))]
+        self.image, self.mask = Image.new("RGB", (width, height)), Image.new("L", (width, height))
+        self.paint, self.veil = ImageDraw.Draw(self.image), ImageDraw.Draw(self.image, "RGBA")
         self.mark = ImageDraw.Draw(self.mask)
 
-    def project(self, x: float, y: float, z: float) -> tuple[float, float]:
-        scale = 2 * self.focal / max(z, NEAR)
-        return 2 * self.vanish + x * scale, 2 * self.horizon + (self.eye - y) * scale
+    def pick(self, colours: tuple[Colour, ...], distance: float = 0.0) -> Colour:
+        """One of `colours`, a little changed, as it looks through the haze of `distance` metres."""
+        red, green, blue = colours[self.rng.integers(len(colours))]
+        warm, tone = self.rng.uniform(-12, 12), self.rng.uniform(0.84, 1.1)
+        return mix(shade((red + warm, green, blue - warm), tone), self.haze, min(0.6, distance / 80))
 
-    def polygon(self, points: list[tuple[float, float, float]], colour: Colour, label: int | None = None) -> None:
-        corners = [self.project(*point) for point in points]
-        self.paint.polygon(corners, fill=colour)
+    def project(self, point: Point) -> tuple[float, float]:
+        x, y, z = point
+        scale = self.focal / (z if z > NEAR else NEAR)
+        return self.vanish + x * scale, self.horizon + (self.eye - y) * scale
+
+    def polygon(self, points: list[Point], colour: Colour, label: int | None = None) -> None:
+        corners = [self.project(point) for point in points]
+        (self.paint if len(colour) == 3 else self.veil).polygon(corners, fill=colour)
         if label is not None:
             self.mark.polygon(corners, fill=label)
 
     def panel(
-        self, plane: Plane, left: float, right: float, low: float, high: float, colour: Colour, label: int | None = None
+        self, plane: Plane, u0: float, u1: float, v0: float, v1: float, colour: Colour, label: int | None = None
     ) -> None:
         """A rectangle in the two coordinates of `plane`."""
-        corners = (left, low), (right, low), (right, high), (left, high)
-        self.polygon([plane(u, v) for u, v in corners], colour, label)
+        self.polygon([plane(u0, v0), plane(u1, v0), plane(u1, v1), plane(u0, v1)], colour, label)
 
-    def line(self, start: tuple[float, float, float], end: tuple[float, float, float], colour: Colour) -> None:
-        self.paint.line([self.project(*start), self.project(*end)], fill=colour)
+    def line(self, start: Point, end: Point, colour: Colour = JOINT) -> None:
+        self.veil.line([self.project(start), self.project(end)], fill=colour)
 
-    def disc(self, x: float, y: float, z: float, radius: float, colour: Colour, label: int | None = None) -> None:
-        (column, row), size = self.project(x, y, z), 2 * self.focal / z * radius
-        box = (column - size, row - size, column + size, row + size)
-        self.paint.ellipse(box, fill=colour)
-        if label is not None:
-            self.mark.ellipse(box, fill=label)
+    def disc(self, centre: Point, radius: float, colour: Colour, label: int) -> None:
+        (column, row), size = self.project(centre), self.focal / centre[2] * radius
+        self.paint.ellipse((column - size, row - size, column + size, row + size), fill=colour)
+        self.mark.ellipse((column - size, row - size, column + size, row + size), fill=label)
 
-    def shadow(self, x0: float, x1: float, z0: float, z1: float, strength: int = 90) -> None:
-        self.panel(lambda x, z: (x, 0.0, z), x0, x1, z0, z1, (20, 22, 40, strength))
-
-    def box(
-        self, x0: float, x1: float, y0: float, y1: float, z0: float, z1: float, colour: Colour, label: int | None = None
-    ) -> None:
-        """A block: its top or underside, the side that faces the camera, its front."""
-        if y1 < self.eye:
-            self.panel(lambda x, z: (x, y1, z), x0, x1, z0, z1, shade(colour, 1.12), label)
-        for side in [x for x in (x0, x1) if (x0 > 0 and x == x0) or (x1 < 0 and x == x1)]:
-            self.panel(lambda z, y, x=side: (x, y, z), z0, z1, y0, y1, shade(colour, 0.78), label)
-        self.panel(lambda x, y: (x, y, z0), x0, x1, y0, y1, colour, label)
+    def box(self, x: tuple, y: tuple, z: tuple, colour: Colour, label: int) -> None:
+        """A block between two values of each coordinate: its top, the side towards the camera, its front."""
+        if y[1] < self.eye:
+            self.panel(lambda u, v: (u, y[1], v), *x, *z, shade(colour, 1.12), label)
+        if x[0] > 0 or x[1] < 0:
+            side = x[0] if x[0] > 0 else x[1]
+            self.panel(lambda u, v: (side, v, u), *z, *y, shade(colour, 0.78), label)
+        self.panel(front_at(z[0]), *x, *y, colour, label)
 
 
-def draw_sky(view: View, rng: np.random.Generator, sky: tuple) -> None:
-    """A vertical gradient with soft clouds and now and then a sun's glow, down to the lower edge of the picture."""
-    zenith, horizon, _ = (np.array(colour, dtype=np.float32) for colour in sky)
-    rows, columns = np.mgrid[0:1:48j, 0:1:64j].astype(np.float32)
-    height = np.clip(rows / (view.horizon / view.height), 0, 1)[..., None]
-    colours = zenith + (horizon - zenith) * height
+def ground(x: float, z: float) -> Point:
+    return x, 0.0, z
+
+
+def front_at(z: float) -> Plane:
+    return lambda x, y: (x, y, z)
+
+
+def side_at(x: float) -> Plane:
+    return lambda z, y: (x, y, z)
+
+
+def draw_sky(scene: Scene) -> None:
+    """A vertical gradient with soft clouds and, in every other scene, the glow of the sun."""
+    rng, rows, columns = scene.rng, *np.mgrid[0:1:48j, 0:1:64j].astype(np.float32)
+    zenith, haze = np.array(scene.zenith, dtype=np.float32), np.array(scene.haze, dtype=np.float32)
+    colours = zenith + (haze - zenith) * np.minimum(1, rows * scene.image.height / scene.horizon)[..., None]
     clouds = np.zeros((48, 64), dtype=np.float32)
     for cells, weight in ((3, 0.6), (6, 0.3), (14, 0.2)):
         noise = Image.fromarray(rng.random((2 * cells, cells), dtype=np.float32))
         clouds += weight * np.asarray(noise.resize((64, 48), Image.Resampling.BICUBIC))
     cover = np.clip((clouds - rng.uniform(0.5, 0.75)) * 4, 0, 0.85)[..., None]
-    colours += (mix(horizon, (255, 255, 255), 0.6) - colours) * cover
-    if rng.random() < 0.5:
-        distance = (columns - rng.uniform(0.2, 0.8)) ** 2 + (rows - rng.uniform(0.1, 0.35)) ** 2
-        colours += (np.array((255, 246, 214)) - colours) * (0.9 / (1 + 160 * distance))[..., None]
+    colours += (0.4 * haze + 150 - colours) * cover
+    distance = (columns - rng.uniform(0.2, 0.8)) ** 2 + (rows - rng.uniform(0.1, 0.35)) ** 2
+    sun = rng.choice((0.0, 0.9)) / (1 + 160 * distance)
+    colours += (np.array((255, 246, 214), dtype=np.float32) - colours) * sun[..., None]
     picture = Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))
-    view.image.paste(picture.resize(view.image.size, Image.Resampling.BICUBIC))
-    view.mark.rectangle((0, 0, *view.mask.size), fill=SKY)
+    scene.image.paste(picture.resize(scene.image.size, Image.Resampling.BILINEAR))
+    scene.mask.paste(SKY, (0, 0, *scene.mask.size))
 
 
-def draw_pavement(view: View, rng: np.random.Generator, x0: float, x1: float, z0: float, z1: float) -> None:
-    """Slabs with joints along both directions of the ground."""
-    colour = pick(rng, ((190, 182, 172), (164, 164, 168), (200, 176, 156), (150, 146, 144)))
-    view.panel(lambda x, z: (x, 0.0, z), x0, x1, z0, z1, colour, SIDEWALK)
-    slab = rng.uniform(0.8, 1.3)
-    for x in np.arange(max(x0, -14), min(x1, 14), slab):
-        view.line((x, 0, z0), (x, 0, min(z1, 24)), (60, 50, 50, 70))
-    for z in np.arange(z0, min(z1, 24), slab):
-        view.line((x0, 0, z), (x1, 0, z), (60, 50, 50, 70))
+def draw_ground(scene: Scene, left: float, right: float) -> None:
+    """Paving slabs, and a road with kerbs, lane dashes and now and then a zebra crossing."""
+    rng, slab = scene.rng, scene.rng.uniform(0.8, 1.3)
+    scene.panel(ground, -80, 80, 1, FAR, scene.pick(STONES), SIDEWALK)
+    for step in range(-10, 11):
+        scene.line((step * slab, 0, 1), (step * slab, 0, 24))
+        scene.line((-12, 0, 12 + step * slab), (12, 0, 12 + step * slab))
+    scene.panel(ground, left - 0.25, right + 0.25, 1, FAR, (214, 210, 202), SIDEWALK)
+    scene.panel(ground, left, right, 1, FAR, scene.pick(ASPHALTS), ROAD)
+    middle, start, paint = (left + right) / 2, rng.uniform(1, 4), scene.pick(((240, 238, 228), (240, 214, 130)))
+    for z in np.arange(start, 48, 4):
+        scene.panel(ground, middle - 0.09, middle + 0.09, z, z + 1.8, paint)
+    if rng.random() < 0.35:
+        for x in np.arange(left + 0.3, right - 0.5, 1.0):
+            scene.panel(ground, x, x + 0.5, start + 4, start + 6.5, WHITE)
 
 
-def draw_road(
-    view: View, rng: np.random.Generator, x0: float, x1: float, z0: float, z1: float, along: str, crossing: bool
-) -> None:
-    """Asphalt with pale kerbs, lane dashes along one axis and, where asked, a zebra crossing."""
-    asphalt = shade(pick(rng, ((104, 104, 110), (128, 124, 122), (84, 86, 96), (146, 142, 140))), rng.uniform(0.85, 1.1))
-    kerb, paint = 0.25, pick(rng, ((236, 234, 224), (240, 214, 130)), 8)
-    ground = lambda x, z: (x, 0.0, z)  # noqa: E731
-    if along == "z":
-        view.panel(ground, x0 - kerb, x1 + kerb, z0, z1, (214, 210, 202), SIDEWALK)
-        view.panel(ground, x0, x1, z0, z1, asphalt, ROAD)
-        middle = (x0 + x1) / 2
-        for z in np.arange(rng.uniform(1, 3), 50, 4):
-            view.panel(ground, middle - 0.09, middle + 0.09, z, z + 1.8, paint)
-    else:
-        view.panel(ground, x0, x1, z0 - kerb, z1 + kerb, (214, 210, 202), SIDEWALK)
-        view.panel(ground, x0, x1, z0, z1, asphalt, ROAD)
-        middle = (z0 + z1) / 2
-        for x in np.arange(-20 + rng.uniform(0, 3), 20, 4):
-            view.panel(ground, x, x + 1.8, middle - 0.09, middle + 0.09, paint)
-    if crossing:
-        z = rng.uniform(5, 9)
-        for x in np.arange(x0 + 0.3, x1 - 0.5, 1.0):
-            view.panel(ground, x, x + 0.5, z, z + 2.5, (236, 234, 228))
-
-
-def draw_facade(
-    view: View, rng: np.random.Generator, plane: Plane, u0: float, u1: float, top: float, colour: Colour, style: int
-) -> None:
-    """Courses of brick or bands between the floors, a grid of windows, an awning over the ground floor's shop."""
-    storey = 3.0
-    view.panel(plane, u0, u1, 0, top, colour, BUILDING)
-    if style == 0:
-        for v in np.arange(0.4, top, 0.4):
-            view.line(plane(u0, v), plane(u1, v), (40, 20, 20, 46))
-    columns = max(1, int((u1 - u0) / 2.0))
-    pitch = (u1 - u0) / columns
-    wide, tall = (0.84, 1.9) if style == 2 else (0.52, 1.5)
-    for floor in range(int(top / storey)):
-        base = floor * storey
-        if style == 1 and floor:
-            view.panel(plane, u0, u1, base - 0.12, base + 0.12, shade(colour, 1.18), BUILDING)
+def draw_facade(scene: Scene, plane: Plane, u0: float, u1: float, top: float, colour: Colour, style: int) -> None:
+    """A front with courses of brick (style 0), bands (1) or wide panes (2); windows, awnings and a cornice."""
+    rng, columns, near = scene.rng, max(1, int((u1 - u0) / 2.6)), plane(u0, 0)[2] < 18
+    scene.panel(plane, u0, u1, 0, top, colour, BUILDING)
+    for v in np.arange(0.4, top, 0.4) if style == 0 and near else ():
+        scene.line(plane(u0, v), plane(u1, v))
+    pitch, wide, frame = (u1 - u0) / columns, (0.54, 0.5, 0.86)[style], shade(colour, 1.25)
+    for base in range(0, int(top) - 2, 3):
+        if style == 1 and base:
+            scene.panel(plane, u0, u1, base - 0.12, base + 0.12, frame)
         for column in range(columns):
-            left = u0 + (column + (1 - wide) / 2) * pitch
-            right = left + wide * pitch
-            low, high = (0.1, 2.2) if floor == 0 and column % 3 == 1 else (base + 0.8, base + 0.8 + tall)
+            left, low, high = u0 + (column + (1 - wide) / 2) * pitch, base + 0.8, base + 2.4
+            low = 0.1 if base == 0 and column % 3 == 1 else low
             glass = (250, 214, 140) if rng.random() < 0.12 else shade(GLASS, rng.uniform(0.75, 1.5))
-            view.panel(plane, left - 0.1, right + 0.1, low - 0.1, high + 0.1, shade(colour, 1.25), BUILDING)
-            view.panel(plane, left, right, low, high, glass)
-            view.panel(plane, left, right, (low + high) / 2, high, (255, 255, 255, 34))
-    if style < 2 and u1 - u0 > 3 and rng.random() < 0.5:
-        draw_awning(view, rng, plane, u0 + 0.4, u1 - 0.4)
+            if near:
+                scene.panel(plane, left - 0.1, left + wide * pitch + 0.1, low - 0.1, high + 0.1, frame)
+            scene.panel(plane, left, left + wide * pitch, low, high, glass)
+    cloth = scene.pick(PAINTS)
+    for stripe in range(int((u1 - u0) / 0.5) if near and style < 2 and rng.random() < 0.5 else 0):
+        scene.panel(plane, u0 + stripe / 2, u0 + stripe / 2 + 0.5, 2.4, 3.0, cloth if stripe % 2 else WHITE)
+    scene.panel(plane, u0, u1, top, top + 0.4, frame, BUILDING)
 
 
-def draw_awning(view: View, rng: np.random.Generator, plane: Plane, u0: float, u1: float) -> None:
-    """A striped awning on a facade."""
-    cloth = pick(rng, PAINTS)
-    for stripe, u in enumerate(np.arange(u0, u1, 0.5)):
-        colour = cloth if stripe % 2 else (240, 236, 228)
-        view.panel(plane, u, min(u + 0.5, u1), 2.35, 3.0, colour, BUILDING)
-
-
-def draw_building(
-    view: View, rng: np.random.Generator, x0: float, x1: float, z0: float, z1: float, haze: Colour
-) -> None:
-    """A block of flats: the side along the street and the front towards the camera, under a cornice."""
-    top = 3.0 * rng.integers(2, 6) + 0.8
-    colour = mix(shade(pick(rng, PAINTS), rng.uniform(0.8, 1.08)), haze, min(0.6, z0 / 80))
-    style = int(rng.integers(3))
+def draw_building(scene: Scene, x0: float, x1: float, z0: float, z1: float) -> None:
+    """A house between two depths: its side along the street, then its front."""
+    colour, top, style = scene.pick(PAINTS, z0), 3.0 * scene.rng.integers(2, 6), int(scene.rng.integers(3))
     if x0 > 0 or x1 < 0:
-        x = x0 if x0 > 0 else x1
-        draw_facade(view, rng, lambda u, v: (x, v, u), max(z0, 2.0), z1, top, shade(colour, 0.86), style)
-        view.panel(lambda u, v: (x, v, u), max(z0, 2.0), z1, top - 0.3, top + 0.2, shade(colour, 1.1), BUILDING)
+        draw_facade(scene, side_at(x0 if x0 > 0 else x1), max(z0, 2.0), z1, top, shade(colour, 0.86), style)
     if z0 > 2:
-        draw_facade(view, rng, lambda u, v: (u, v, z0), x0, x1, top, colour, style)
-        view.panel(lambda u, v: (u, v, z0), x0 - 0.15, x1 + 0.15, top - 0.3, top + 0.2, shade(colour, 1.2), BUILDING)
+        draw_facade(scene, front_at(z0), x0, x1, top, colour, style)
 
 
-def draw_tree(view: View, rng: np.random.Generator, x: float, z: float, haze: Colour) -> None:
-    """A trunk, a canopy of overlapping discs and dabs of lit and shaded leaves."""
-    height, spread = rng.uniform(3.6, 6.0), rng.uniform(1.0, 1.7)
-    leaf = mix(pick(rng, LEAVES, 18), haze, min(0.5, z / 80))
-    trunk = mix(pick(rng, ((96, 72, 56), (120, 104, 92))), haze, min(0.5, z / 80))
-    view.shadow(x - spread, x + spread, z - 0.6, z + 0.6, 70)
-    view.panel(lambda u, v: (u, v, z), x - 0.14, x + 0.14, 0, height - spread, trunk, TREE)
-    angles, reach = rng.uniform(0, 6.28, 70), np.sqrt(rng.random(70)) * spread
-    offsets = list(zip(np.cos(angles) * reach, np.sin(angles) * reach * 0.9, strict=True))
-    for across, up in offsets[:14]:
-        view.disc(x + across, height + up - 0.4, z, spread * 0.42, shade(leaf, 0.8), TREE)
-    for across, up in offsets[14:]:
-        light = 0.95 + 0.25 * (up - 0.5 * across) / spread + rng.uniform(-0.12, 0.12)
-        view.disc(x + across, height + up - 0.4, z, spread * rng.uniform(0.08, 0.2), shade(leaf, light), TREE)
+def draw_tree(scene: Scene, x: float, z: float) -> None:
+    """A trunk, a canopy of overlapping discs, and dabs of leaves lit from the upper left."""
+    rng, leaf, trunk = scene.rng, scene.pick(LEAVES, z), scene.pick(WOODS[1:4:2], z)
+    top, spread, dabs = rng.uniform(3.4, 5.4), rng.uniform(1.3, 2.0), 12 + int(min(48, 450 / z))
+    scene.panel(ground, x - spread, x + spread, z - 0.6, z + 0.6, SHADOW)
+    scene.panel(front_at(z), x - 0.18, x + 0.18, 0, top, trunk, TREE)
+    angles, reach = rng.uniform(0, 6.28, dabs), spread * np.sqrt(rng.random(dabs))
+    across, up = np.cos(angles) * reach, np.sin(angles) * reach * 0.9
+    light = 0.95 + 0.25 * (up - 0.5 * across) / spread + rng.uniform(-0.12, 0.12, dabs)
+    sizes = rng.uniform(0.08, 0.2, dabs)
+    light[:12], sizes[:12] = 0.8, 0.42
+    for dab in zip(across.tolist(), up.tolist(), light.tolist(), sizes.tolist(), strict=True):
+        scene.disc((x + dab[0], top + dab[1], z), spread * dab[3], shade(leaf, dab[2]), TREE)
 
 
-CAR_PROFILES = (  # length and height of the outline from the rear bumper to the front one, in metres
-    ((0, 0.35), (0, 0.95), (0.5, 1.45), (2.4, 1.5), (3.1, 0.98), (4.0, 0.85), (4.1, 0.35)),
-    ((0, 0.35), (0.05, 0.92), (0.9, 0.98), (1.5, 1.42), (2.7, 1.42), (3.4, 0.95), (4.4, 0.8), (4.4, 0.35)),
-    ((0, 0.35), (0, 1.1), (0.15, 1.9), (3.2, 1.95), (3.9, 1.1), (4.4, 1.0), (4.5, 0.35)),
-)
+def draw_car(scene: Scene, x: float, z: float) -> None:
+    """A car along the street: its outline extruded, the far strips first, then lamps and tyres, then the flank."""
+    outline = CAR_OUTLINES[scene.rng.integers(len(CAR_OUTLINES))]
+    colour, glass, right, back = (
+        scene.pick((*PAINTS[1:6], *PAINTS[8:9], WHITE), z),
+        mix(GLASS, scene.haze, 0.2),
+        x + 1.8,
+        front_at(z),
+    )
+    lamp = ((200, 44, 40), (252, 244, 210))[scene.rng.integers(2)]
+    scene.panel(ground, x - 0.2, right + 0.2, z - 0.3, z + 4.5, SHADOW)
+    for (a0, y0), (a1, y1) in reversed(list(zip(outline[:-1], outline[1:], strict=True))):
+        tone = glass if y1 > 1.3 and y1 - y0 > 0.25 else shade(colour, 1.15 if abs(y1 - y0) < 0.2 else 0.95)
+        scene.polygon([(x, y0, z + a0), (right, y0, z + a0), (right, y1, z + a1), (x, y1, z + a1)], tone, CAR)
+    for left in (x, right - 0.35):
+        scene.panel(back, left, left + 0.35, 0.0, 0.36, RUBBER, CAR)
+        scene.panel(back, left, left + 0.35, 0.68, 0.86, lamp)
+    scene.panel(back, x + 0.62, x + 1.18, 0.5, 0.68, WHITE)
+    if z < 25 and (x > 0 or right < 0):
+        flank = side_at(x if x > 0 else right)
+        scene.polygon([flank(z + a, y) for a, y in outline], shade(colour, 0.8), CAR)
+        roof = [(a, y - 0.1) for a, y in outline if y > 1.3]
+        panes = [(roof[0][0] - 0.2, 1.0), *roof, (roof[-1][0] + 0.35, 1.0)]
+        scene.polygon([flank(z + a, y) for a, y in panes], shade(glass, 0.9))
+        for a, radius, tone in ((0.8, 0.36, RUBBER), (0.8, 0.18, WHITE), (3.3, 0.36, RUBBER), (3.3, 0.18, WHITE)):
+            rim = [(a + radius * np.cos(turn), 0.34 + radius * np.sin(turn)) for turn in np.arange(0, 6.28, 0.6)]
+            scene.polygon([flank(z + u, y) for u, y in rim], tone, CAR)
 
 
-def draw_car(
-    view: View, rng: np.random.Generator, x: float, z: float, along: str, forwards: bool, haze: Colour
-) -> None:
-    """A car whose rear end (front end unless `forwards`) is at (x, z), pointing along axis "x" or "z"."""
-    profile = CAR_PROFILES[rng.integers(len(CAR_PROFILES))]
-    length, across, width = profile[-1][0], (z if along == "x" else x), 1.75
-    start = x if along == "x" else z
-    colour = mix(pick(rng, PAINTS), haze, min(0.5, z / 80))
-    glass = mix(GLASS, haze, 0.25)
-
-    def place(a: float, y: float, c: float) -> tuple[float, float, float]:
-        a = start + (a if forwards else length - a)
-        return (a, y, across + c) if along == "x" else (across + c, y, a)
-
-    ends = (0.0, width)
-    (view.shadow(x - 0.2, x + length + 0.2, z - 0.2, z + width, 120) if along == "x"
-     else view.shadow(x - 0.2, x + width + 0.2, z - 0.2, z + length, 120))  # fmt: skip
-    strips = list(zip(profile[:-1], profile[1:], strict=True))
-    strips.sort(key=lambda strip: -sum(v * v for v in place((strip[0][0] + strip[1][0]) / 2, 0, width / 2)))
-    for (a0, y0), (a1, y1) in strips:
-        sloped = a1 != a0 and abs(y1 - y0) > 0.25
-        quad = [place(a0, y0, 0), place(a0, y0, width), place(a1, y1, width), place(a1, y1, 0)]
-        view.polygon(quad, glass if sloped else shade(colour, 1.12 if abs(a1 - a0) > 0.6 else 0.92), CAR)
-    a_end = 0.0 if forwards else length
-    lamp = (200, 44, 40) if forwards else (250, 240, 200)
-    if along == "z":
-        for c in ends:
-            inner = c + (0.35 if c == 0 else -0.35)
-            view.polygon([place(a_end, 0.7, c), place(a_end, 0.7, inner), place(a_end, 0.88, inner), place(a_end, 0.88, c)], lamp, CAR)
-            view.polygon([place(a_end, 0, c), place(a_end, 0, inner), place(a_end, 0.36, inner), place(a_end, 0.36, c)], (34, 34, 38), CAR)
-        if across < 0 < across + width:
-            return
-    near = 0.0 if along == "x" or across > 0 else width
-    draw_car_side(view, lambda a, y: place(a, y, near), profile, shade(colour, 1.0 if along == "x" else 0.82), glass)
+def draw_bin(scene: Scene, x: float, z: float) -> None:
+    """A bin or an advertising pillar, not labelled."""
+    colour, width, top = scene.pick(PAINTS, z), scene.rng.uniform(0.5, 1.0), scene.rng.uniform(0.9, 2.2)
+    scene.panel(ground, x - 0.1, x + width + 0.2, z - 0.1, z + width, SHADOW)
+    scene.box((x, x + width), (0, top), (z, z + width), colour, UNLABELLED)
+    scene.panel(front_at(z), x + 0.1, x + width - 0.1, 0.55 * top, top - 0.1, shade(colour, 1.3))
 
 
-def draw_car_side(view: View, plane: Plane, profile: tuple, colour: Colour, glass: Colour) -> None:
-    """The flank of a car: body, windows under the roof, two wheels."""
-    view.polygon([plane(*point) for point in profile], colour, CAR)
-    roof = max(y for _, y in profile)
-    cabin = [(a, y) for a, y in profile if y > 0.9 and (y > roof - 0.1 or y < 1.2)]
-    top = [(a, y) for a, y in cabin if y > roof - 0.1]
-    left, right = top[0][0], top[-1][0]
-    view.polygon([plane(left - 0.2, 1.0), plane(left + 0.1, roof - 0.1), plane(right - 0.1, roof - 0.1), plane(right + 0.4, 1.0)], glass, CAR)
-    middle = (left + right) / 2
-    view.panel(plane, middle - 0.05, middle + 0.05, 0.95, roof - 0.05, colour)
-    for a in (0.8, profile[-1][0] - 0.85):
-        for radius, tone in ((0.36, (34, 34, 38)), (0.2, (170, 172, 176))):
-            wheel = [plane(a + radius * np.cos(t), 0.34 + radius * np.sin(t)) for t in np.arange(0, 6.28, 0.52)]
-            view.polygon(wheel, tone, CAR)
+def draw_street(scene: Scene) -> None:
+    """A street to its far end: sky, ground, houses on both sides, then trees, cars and bins along the kerbs."""
+    rng, middle, half, walk = scene.rng, *scene.rng.uniform((-1.0, 2.6, 2.8), (1.0, 3.6, 4.8))
+    draw_sky(scene)
+    draw_ground(scene, middle - half, middle + half)
+    houses, things = [(50.0, -14.0, 14.0, 60.0)], []
+    for side in (-1, 1):
+        kerb, z = middle + side * half, rng.uniform(1, 7)
+        front = kerb + side * walk
+        while z < 45:
+            depth, far = rng.uniform(6, 14), front + side * rng.uniform(8, 14)
+            if rng.random() < 0.85:
+                houses.append((z, min(front, far), max(front, far), z + depth))
+            else:
+                things += [(draw_tree, front + side * rng.uniform(0, 4), z + k) for k in (2, 4, 6)]
+            z += depth + rng.choice((0.0, 0.0, 2.5))
+        for z in np.arange(rng.uniform(6, 12), 36, rng.uniform(8, 13)):
+            things.append((draw_tree, kerb + side * 0.8, z))
+            if rng.random() < 0.6:
+                things.append((draw_bin, kerb + side * rng.uniform(0.6, 1.4) - 0.4, z + 2.5))
+        for z in np.arange(rng.uniform(4.5, 8), 22, rng.uniform(6.5, 11)):
+            if rng.random() < 0.75:
+                things.append((draw_car, kerb - side * 1.2 - 0.9, z))
+    for z0, x0, x1, z1 in sorted(houses, reverse=True):
+        draw_building(scene, x0, x1, z0, z1)
+    for draw, x, z in sorted(things, key=lambda thing: -thing[2]):
+        draw(scene, x, z)
+
+
+def draw_floor(scene: Scene, left: float, right: float, back: float) -> None:
+    """Planks that run to the back wall, or tiles."""
+    rng, colour, width, tiled = scene.rng, scene.pick(WOODS), scene.rng.uniform(0.22, 0.4), scene.rng.random() < 0.3
+    scene.panel(ground, left, right, NEAR, back, colour, FLOOR)
+    for x in np.arange(left, right, width):
+        joints = [back, *np.arange(back - rng.uniform(0.3, 1.5), NEAR, -1.2), NEAR]
+        for far, near in zip(joints[:-1], joints[1:], strict=True) if not tiled else ():
+            scene.panel(ground, x, min(x + width, right), near, far, shade(colour, rng.uniform(0.86, 1.12)))
+        scene.line((x, 0, NEAR), (x, 0, back))
+    for z in np.arange(back, NEAR, -width) if tiled else ():
+        scene.line((left, 0, z), (right, 0, z))
+
+
+def draw_wall(scene: Scene, plane: Plane, u0: float, u1: float, top: float, colour: Colour, style: int) -> None:
+    """Plain paint (style 0), striped paper (1) or a panelled lower half (2), above a skirting board."""
+    scene.panel(plane, u0, u1, 0, top, colour, WALL)
+    for u in np.arange(u0, u1 - 0.2, 0.4) if style == 1 else ():
+        scene.panel(plane, u, u + 0.2, 0, top, shade(colour, 1.1))
+    if style == 2:
+        scene.panel(plane, u0, u1, 0, 0.95, mix(colour, WHITE, 0.6))
+        scene.panel(plane, u0, u1, 0.92, 1.0, shade(colour, 0.8))
+    scene.panel(plane, u0, u1, 0, 0.12, WHITE)
+
+
+def draw_window(scene: Scene, plane: Plane, u: float) -> None:
+    """A casement with a view of sky and hills, sometimes between curtains, which are not labelled."""
+    rng, right, low, high = scene.rng, u + scene.rng.uniform(1.3, 2.1), scene.rng.uniform(0.6, 0.9), 2.25
+    frame, cloth = mix(scene.pick(WOODS), WHITE, rng.choice((0.3, 0.9))), scene.pick(PAINTS)
+    scene.panel(plane, u, right, low, high, frame, WINDOW)
+    for v in np.linspace(low + 0.07, high - 0.07, 10)[:-1]:
+        sky = mix(scene.haze, scene.zenith, (v - low) / (high - low))
+        scene.panel(plane, u + 0.07, right - 0.07, v, high - 0.07, sky)
+    ridge = [(x, low + rng.uniform(0.2, 0.5)) for x in np.linspace(u + 0.07, right - 0.07, 9)]
+    hills = [(right - 0.07, low + 0.07), (u + 0.07, low + 0.07), *ridge]
+    scene.polygon([plane(*point) for point in hills], scene.pick(GREENS, 15))
+    for bar in np.linspace(u, right, 4 if right - u > 1.5 else 3)[1:-1]:
+        scene.panel(plane, bar - 0.03, bar + 0.03, low, high, frame)
+    scene.panel(plane, u - 0.08, right + 0.08, low - 0.08, low, shade(frame, 0.9), WINDOW)
+    for fold in range(5) if rng.random() < 0.45 else ():
+        for left in (u - 0.3 + fold * 0.08, right - 0.1 + fold * 0.08):
+            scene.panel(plane, left, left + 0.08, 0.15, 2.4, shade(cloth, (1.0, 1.1, 0.9)[fold % 3]), UNLABELLED)
+
+
+def draw_picture(scene: Scene, plane: Plane, u: float) -> None:
+    """A framed picture, not labelled."""
+    right, low, high = scene.rng.uniform((u + 0.5, 1.3, 1.9), (u + 1.0, 1.5, 2.2))
+    scene.panel(plane, u, right, low, high, scene.pick(WOODS), UNLABELLED)
+    scene.panel(plane, u + 0.06, right - 0.06, low + 0.06, high - 0.06, scene.pick(PAINTS))
+    scene.panel(plane, u + 0.06, right - 0.06, low + 0.06, low + 0.3, scene.pick(PAINTS))
+
+
+def draw_sofa(scene: Scene, x: float, right: float, back: float) -> None:
+    """A back, seats with cushions, two arms."""
+    rng, colour, front, top = scene.rng, scene.pick(PAINTS[:9]), back - 0.9, scene.rng.uniform(0.8, 1.0)
+    scene.panel(ground, x - 0.15, right + 0.15, front - 0.25, back, SHADOW)
+    scene.box((x, right), (0.1, top), (back - 0.3, back), colour, SOFA)
+    seats = np.linspace(x + 0.22, right - 0.22, 4 if right - x > 1.9 else 3)
+    for left, end in zip(seats[:-1], seats[1:], strict=True):
+        scene.box((left + 0.02, end - 0.02), (0.46, top - 0.06), (back - 0.42, back - 0.3), shade(colour, 1.04), SOFA)
+        scene.box((left, end), (0.1, 0.34), (front, back - 0.42), shade(colour, 0.94), SOFA)
+        scene.box((left + 0.02, end - 0.02), (0.34, 0.5), (front - 0.02, back - 0.42), shade(colour, 1.06), SOFA)
+        if rng.random() < 0.5:
+            scene.box((left + 0.1, left + 0.5), (0.5, 0.82), (back - 0.56, back - 0.46), scene.pick(PAINTS), SOFA)
+    for left in (x, right - 0.22):
+        scene.box((left, left + 0.22), (0.1, 0.64), (front, back), colour, SOFA)
+
+
+def draw_plant(scene: Scene, x: float, z: float) -> None:
+    """A house plant in its pot, not labelled."""
+    leaf = scene.pick(GREENS)
+    for across, up, tone in scene.rng.uniform((-0.45, 0.7, 0.75), (0.45, 1.4, 1.2), (14, 3)):
+        blade = [(x, 0.3), (x + across / 2 + 0.08, up * 0.75), (x + across, up), (x + across / 2 - 0.06, up * 0.75)]
+        scene.polygon([(*point, z) for point in blade], shade(leaf, tone), UNLABELLED)
+    pot = [(x - 0.16, 0, z), (x + 0.16, 0, z), (x + 0.22, 0.4, z), (x - 0.22, 0.4, z)]
+    scene.polygon(pot, scene.pick(PAINTS), UNLABELLED)
+
+
+def draw_room(scene: Scene) -> None:
+    """A room towards its back wall: ceiling, floor, side walls, back wall with windows and pictures, plant, sofa."""
+    rng, left, right, back, top = scene.rng, *scene.rng.uniform((-2.8, 1.6, 3.4, 2.5), (-1.6, 2.8, 4.6, 2.8))
+    colour, style = mix(scene.pick(PAINTS[4:]), WHITE, rng.uniform(0.2, 0.6)), int(rng.integers(3))
+    scene.panel(lambda x, z: (x, top, z), left, right, NEAR, back, mix(colour, (236, 234, 230), 0.75), CEILING)
+    draw_floor(scene, left, right, back)
+    for x, light in ((left, 0.84), (right, 0.9)):
+        draw_wall(scene, side_at(x), NEAR, back, top, shade(colour, light), style)
+        if rng.random() < 0.6:
+            draw_window(scene, side_at(x), rng.uniform(1.6, 2.4))
+    draw_wall(scene, front_at(back), left, right, top, colour, style)
+    u = left + rng.uniform(0.3, 0.6)
+    while u < right - 1.2:
+        wide = u < right - 2.2 and rng.random() < 0.55
+        (draw_window if wide else draw_picture)(scene, front_at(back), u)
+        u += 2.6 if wide else 1.3
+    if rng.random() < 0.6:
+        draw_plant(scene, rng.choice((left + 0.5, right - 0.5)), back - 0.4)
+    x, width = rng.uniform((left + 0.1, 1.7), (right - 2.5, 2.4))
+    draw_sofa(scene, x, x + width, back - rng.uniform(0.05, 1.2))
+    scene.light = tuple((1 + channel) / 2 for channel in scene.light)  # walls take half of the sky's tint
+
+
+def photograph(scene: Scene, mask: np.ndarray) -> Image.Image:
+    """What light and camera add: a tint, a ramp of light over the scene, grain of the surfaces and sensor, blur."""
+    rng, (height, width) = scene.rng, mask.shape
+    ramp = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(rng.uniform(-0.14, 0.14))
+    fall = np.linspace(-1, 1, height, dtype=np.float32)[:, None] * np.float32(rng.uniform(-0.1, 0.1))
+    pixels = np.asarray(scene.image.reduce(2)) * ((1 + ramp + fall)[..., None] * np.array(scene.light, np.float32))
+    grain = rng.standard_normal((height, width), dtype=np.float32) * (GRAIN[mask] + np.float32(rng.uniform(0.5, 3.5)))
+    image = Image.fromarray(np.clip(pixels + grain[..., None], 0, 255).astype(np.uint8))
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.6))) if rng.random() < 0.3 else image
+
+
+def unlabel_borders(mask: np.ndarray, rng: np.random.Generator) -> None:
+    """Blank, in place, the borders between some pairs of classes, one pixel wide, as annotators leave them."""
+    loose = rng.random((len(SCENE_CLASSES) + 1,) * 2) < 0.25
+    np.fill_diagonal(loose, False)
+    across, down = loose[mask[:, :-1], mask[:, 1:]], loose[mask[:-1], mask[1:]]
+    mask[:, :-1][across] = UNLABELLED
+    mask[:-1][down] = UNLABELLED
+
+
+def draw_scene(seed: int, index: int, image_size: tuple[int, int] = (192, 256)) -> tuple[Image.Image, Image.Image]:
+    """Draw one street or room.
+
+    Args:
+        seed, index: what the scene depends on; both 0 or more.
+        image_size: (height, width) in pixels, from 64 up; each side varies by a tenth, one scene in seven is turned.
+
+    Returns:
+        An RGB image and a mask of the same size (mode "L"): 0 unlabelled, 1 to 11 the class of `SCENE_CLASSES` plus 1.
+
+    Raises:
+        ValueError: where seed or index is negative or a side is below 64.
+    """
+    check_at_least(0, seed=seed, index=index)
+    check_at_least(64, height=image_size[0], width=image_size[1])
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    size = [round(side * rng.uniform(0.9, 1.1)) for side in image_size]
+    size = size[::-1] if rng.random() < 0.15 else size
+    if rng.random() < 0.5:
+        scene = Scene(rng, size, *rng.uniform((0.42, 0.35, 0.65, 1.7), (0.56, 0.65, 0.85, 2.6)))
+        draw_street(scene)
+    else:
+        scene = Scene(rng, size, *rng.uniform((0.40, 0.35, 0.60, 1.3), (0.52, 0.65, 0.80, 1.6)))
+        draw_room(scene)
+    mask = np.asarray(scene.mask)[::2, ::2].copy()
+    image = photograph(scene, mask)
+    unlabel_borders(mask, rng)
+    return image, Image.fromarray(mask)
+
+
+def generate_scenes(split: str, count: int, seed: int, image_size: tuple, code: str) -> Iterator[dict]:
+    """The rows of a split. Training takes the even indices, validation the odd ones; `code` only tells caches apart."""
+    for number in range(count):
+        image, label = draw_scene(seed, 2 * number + (split == "validation"), image_size)
+        yield {"image": image, "label": label, "file_name": f"scene_{split}_{number:05d}.png"}
+
+
+def load_scenes(
+    num_train: int = 240,
+    num_validation: int = 40,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    image_size: tuple[int, int] = (192, 256),
+) -> datasets.DatasetDict:
+    """The generated set, drawn once and then read from the cache of `datasets`.
+
+    Args:
+        num_train, num_validation: scenes in each split, 1 or more.
+        seed: the set depends on it alone; a larger set begins with the scenes of a smaller one.
+        cache_dir: where `datasets` keeps it; its own default place for None. Changed drawing code draws it anew.
+        image_size: see `draw_scene`.
+
+    Returns:
+        Splits "train" and "validation" with columns `image`, `label` (a mask as of `draw_scene`) and `file_name`.
+
+    Raises:
+        ValueError: where an argument is out of range.
+    """
+    check_at_least(1, num_train=num_train, num_validation=num_validation)
+    check_at_least(0, seed=seed)
+    check_at_least(64, height=image_size[0], width=image_size[1])
+    columns = {"image": datasets.Image(), "label": datasets.Image(), "file_name": datasets.Value("string")}
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    splits = {}
+    for split, count in (("train", num_train), ("validation", num_validation)):
+        drawing = {"split": split, "count": count, "seed": seed, "image_size": tuple(image_size), "code": code}
+        splits[split] = datasets.Dataset.from_generator(
+            generate_scenes,
+            features=datasets.Features(columns),
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            gen_kwargs=drawing,
+            split=datasets.NamedSplit(split),
+        )
+    return datasets.DatasetDict(splits)
+
+
+def check_at_least(minimum: int, **arguments: int) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed."""
+    for name, value in arguments.items():
+        if not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")

@@ -1,0 +1,184 @@
+"""Options of a run, from the command line, a YAML or JSON file, or both."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..configuration_twins import VARIANTS
+from ..evaluation import MEAN_IOU
+
+
+def option(default, text: str, **metadata):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained or scored."""
+
+    model_name_or_path: str | None = option(None, "Checkpoint to start from: a folder or a Hub model id.")
+    variant: str = option(
+        "svt-s", "Architecture that starts from random weights, without --model_name_or_path.", choices=list(VARIANTS)
+    )
+    config_overrides: str | None = option(
+        None, "Fields of TwinsConfig that shall differ, as JSON: '{\"decoder_hidden_size\": 128}'."
+    )
+    model_revision: str = option("main", "Branch, tag or commit of a Hub model.")
+    ignore_mismatched_sizes: bool = option(
+        False, "Train new classifiers where the checkpoint has another number of classes."
+    )
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained and scored on, and how images are prepared."""
+
+    dataset_name: str = option(
+        "scenes",
+        "'scenes' (generated), a folder of images/ and annotations/ with objectInfo150.txt (ADE20K) or id2label.json, "
+        "a folder of parquet files, or a Hub dataset id.",
+    )
+    dataset_config_name: str | None = option(None, "Configuration of a Hub dataset.")
+    image_column_name: str = option("image", "Column of images in a Hub or parquet dataset.")
+    label_column_name: str = option("label", "Column of masks in a Hub or parquet dataset.")
+    train_split_name: str = option("train", "Training split of a Hub or parquet dataset.")
+    validation_split_name: str = option("validation", "Validation split of a Hub or parquet dataset.")
+    train_val_split: float = option(0.15, "Share of the training split to validate on where there is no other.")
+    id2label: str | None = option(None, "JSON file of class names, in place of the dataset's own.")
+    do_reduce_labels: bool | None = option(
+        None, "Masks hold 0 for unlabelled and class ids from 1. By default true for ADE20K and 'scenes' only."
+    )
+    max_train_samples: int | None = option(None, "Use only the first so many training images.")
+    max_eval_samples: int | None = option(None, "Use only the first so many validation images.")
+    preprocessing_num_workers: int | None = option(None, "Processes that check the files before training.")
+    crop_size: int | None = option(None, "Side of the training crop in pixels (default: the processor's, 512).")
+    shortest_edge: int | None = option(
+        None, "Images are fitted into this shorter side (default: the processor's, 512)"
+    )
+    longest_edge: int | None = option(None, "and this longer side (default: the processor's, 2048).")
+    ratio_range: list[float] = option([0.5, 2.0], "Smallest and largest random scale of training images.")
+    cat_max_ratio: float = option(0.75, "Largest share of one class in a training crop.")
+
+
+@dataclass
+class TrainingArguments:
+    """How the run goes. The defaults are the paper's UPerNet setting on ADE20K for 8 processes."""
+
+    output_dir: str = option("outputs", "Folder for the model, scores, pictures and checkpoints.")
+    overwrite_output_dir: bool = option(False, "Start anew in a folder that already holds a run.")
+    eval_only: bool = option(False, "Score --model_name_or_path and stop.")
+    max_steps: int = option(160_000, "Iterations, each an update of the weights.")
+    per_device_train_batch_size: int = option(2, "Training crops per process and forward pass; at least 2.")
+    per_device_eval_batch_size: int = option(1, "Images of one size per process and forward pass in evaluation.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per iteration.")
+    learning_rate: float = option(6e-5, "Peak of AdamW's learning rate.")
+    weight_decay: float = option(0.01, "Weight decay, but for the encoder's LayerNorms and position encodings.")
+    adam_beta1: float = option(0.9, "AdamW's first beta.")
+    adam_beta2: float = option(0.999, "AdamW's second beta.")
+    warmup_steps: int | None = option(None, "Iterations of warm-up (default: 1500, at most a tenth of --max_steps).")
+    lr_power: float = option(1.0, "Power of the polynomial decay to 0.")
+    mixed_precision: str = option("no", "Precision of the forward pass.", choices=["no", "fp16", "bf16"])
+    seed: int = option(42, "Seed of weights, sampling and augmentation.")
+    logging_steps: int = option(50, "Iterations between reports.")
+    eval_steps: int | None = option(None, "Iterations between evaluations (default: only at the end).")
+    save_steps: int | None = option(None, "Iterations between checkpoints (default: none).")
+    save_total_limit: int | None = option(None, "Keep only the newest so many checkpoints.")
+    resume_from_checkpoint: str | None = option(None, "Checkpoint folder to go on from, or 'latest'.")
+    metric: str = option(MEAN_IOU, "What evaluate.load takes: a path, or 'mean_iou' for the Hub's own.")
+    num_pictures: int = option(4, "Validation images drawn beside truth and prediction.")
+    dataloader_num_workers: int = option(2, "Processes per process that decode and augment.")
+    report_to: str | None = option(None, "Tracker of accelerate: tensorboard, wandb, trackio, ...; or 'all'.")
+    use_cpu: bool = option(False, "Run on the CPU even where there is a GPU.")
+    push_to_hub: bool = option(False, "Upload the result to the Hub.")
+    hub_model_id: str | None = option(None, "Hub repository to upload to (default: the output folder's name).")
+    hub_private_repo: bool = option(False, "Make that repository private.")
+
+
+def parse_arguments(
+    argv: Sequence[str], description: str | None = None
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """
+    Options of `argv`, whose first word may be a YAML or JSON file of options; those on the command line win. The
+    program ends with a message if an option is unknown or its value does not fit.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        description=description,
+        usage="%(prog)s [FILE.yaml | FILE.json] [options]",
+        allow_abbrev=False,
+    )
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        try:
+            argv = options_of_file(argv[0]) + argv[1:]
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            parser.error(f"{argv[0]}: {error}")
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    problem = find_problem(model_args, data_args, training_args)
+    if problem:
+        parser.error(problem)
+    return model_args, data_args, training_args
+
+
+def options_of_file(path: str) -> list[str]:
+    """Options in a YAML or JSON file, as command-line words, so that both are checked alike."""
+    text = Path(path).read_text(encoding="utf-8")
+    options = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    if not isinstance(options, dict):
+        raise ValueError("the file must be a mapping of options to values.")
+    words = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def find_problem(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> str | None:
+    """The first thing that types cannot tell, as a sentence."""
+    for args, names in (
+        (data_args, ("max_train_samples", "max_eval_samples", "crop_size", "shortest_edge", "longest_edge")),
+        (
+            training_args,
+            (
+                "max_steps",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "logging_steps",
+                "eval_steps",
+                "save_steps",
+                "save_total_limit",
+            ),
+        ),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                return f"--{name} {value} must be at least 1."
+    if training_args.per_device_train_batch_size < 2:
+        return (
+            f"--per_device_train_batch_size {training_args.per_device_train_batch_size} must be at least 2: "
+            "UPerNet's batch norm on pooled maps needs two samples."
+        )
+    low, high = data_args.ratio_range if len(data_args.ratio_range) == 2 else (0, 0)
+    if not 0 < low <= high:
+        return f"--ratio_range {data_args.ratio_range} must be two positive numbers, the smaller first."
+    if training_args.warmup_steps is not None and not 0 <= training_args.warmup_steps <= training_args.max_steps:
+        return f"--warmup_steps {training_args.warmup_steps} must lie between 0 and --max_steps."
+    if training_args.eval_only and model_args.model_name_or_path is None:
+        return "--eval_only needs --model_name_or_path."
+    if model_args.config_overrides is not None:
+        try:
+            if not isinstance(json.loads(model_args.config_overrides), dict):
+                return f"--config_overrides {model_args.config_overrides} must be a JSON object."
+        except ValueError as error:
+            return f"--config_overrides {model_args.config_overrides} is no JSON ({error})."
+    return None

@@ -1,0 +1,528 @@
+"""A fine-tuning run from its arguments to the saved model, driven by accelerate."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast, set_seed
+from datasets import Dataset
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..configuration_twins import TwinsConfig
+from ..data.loading import SegmentationData, check_examples, load_segmentation_data, read_example, undecoded
+from ..data.transforms import SegmentationTrainTransform
+from ..evaluation import evaluate_segmentation, per_class_table
+from ..image_processing_twins import TwinsImageProcessor
+from ..modeling_twins import TwinsForSemanticSegmentation
+from .arguments import DataArguments, ModelArguments, TrainingArguments
+from .optimization import build_optimizer
+
+logger = get_logger(__name__)
+
+
+class TrainingStream(torch.utils.data.Dataset):
+    """
+    An endless shuffled and augmented stream of crops, cut from position `start` to `stop`. What stands at a position
+    depends on the seed and the position alone: not on the number of processes or workers, nor on where a run resumed.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        do_reduce_labels: bool,
+        transform: SegmentationTrainTransform,
+        seed: int,
+        start: int,
+        stop: int,
+    ):
+        self.rows = undecoded(rows)
+        self.do_reduce_labels = do_reduce_labels
+        self.transform = transform
+        self.seed = seed
+        self.start = start
+        self.stop = stop
+        self.epoch_order = functools.lru_cache(maxsize=2)(self.draw_epoch_order)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def draw_epoch_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+    def __getitem__(self, offset: int) -> dict[str, torch.Tensor]:
+        position = self.start + offset
+        epoch, rank = divmod(position, len(self.rows))
+        index = int(self.epoch_order(epoch)[rank])
+        example = read_example(self.rows[index], index, self.do_reduce_labels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, position]).generate_state(1)[0]))
+            pixel_values, labels = self.transform(example.image, example.labels)
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint knows beside weights, optimizer, schedule and random states."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run needs, built and checked before it starts."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    args: TrainingArguments
+    accelerator: Accelerator
+    output_dir: Path
+    data: SegmentationData
+    model: TwinsForSemanticSegmentation
+    image_processor: TwinsImageProcessor
+    checkpoint: Path | None
+    hub_model_id: str | None
+
+
+def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Run:
+    """
+    Builds a run and checks whatever can be known before it starts: the output folder, the checkpoint, the Hub
+    repository, every image and mask, and that model and dataset have the same classes.
+
+    Raises:
+        `ValueError`, `OSError`: naming the option or file that does not fit.
+    """
+    accelerator = Accelerator(
+        cpu=args.use_cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+    )
+    logger.info(f"Running on {accelerator.num_processes} process(es), {accelerator.device}, {args.mixed_precision=}")
+    output_dir = Path(args.output_dir)
+    with accelerator.main_process_first():
+        check_output_dir(output_dir, args)
+    set_seed(args.seed)
+
+    with accelerator.main_process_first():  # one process fills the datasets cache, the others read it
+        data = load_segmentation_data(
+            data_args.dataset_name,
+            data_args.dataset_config_name,
+            data_args.image_column_name,
+            data_args.label_column_name,
+            data_args.train_split_name,
+            data_args.validation_split_name,
+            data_args.train_val_split,
+            data_args.id2label,
+            data_args.do_reduce_labels,
+            seed=0 if data_args.dataset_name == "scenes" else args.seed,
+        )
+        for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
+            if limit is not None:
+                data.splits[split] = data.splits[split].select(range(min(limit, len(data.splits[split]))))
+            if split == "validation" or not args.eval_only:
+                check_examples(data, split, data_args.preprocessing_num_workers)
+
+    return Run(
+        model_args,
+        data_args,
+        args,
+        accelerator,
+        output_dir,
+        data,
+        model=build_model(model_args, data, args.eval_only),
+        image_processor=build_image_processor(model_args, data_args, data),
+        checkpoint=find_checkpoint(output_dir, args.resume_from_checkpoint),
+        hub_model_id=create_hub_repository(args, output_dir) if accelerator.is_main_process else None,
+    )
+
+
+def check_output_dir(output_dir: Path, args: TrainingArguments) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be written to ({error}).") from error
+    holds_run = (output_dir / "all_results.json").exists() or any(output_dir.glob("checkpoint-*"))
+    if holds_run and not (args.overwrite_output_dir or args.eval_only or args.resume_from_checkpoint):
+        raise ValueError(
+            f"--output_dir {output_dir} already holds a run: choose another, pass --resume_from_checkpoint latest to "
+            "go on with it, or --overwrite_output_dir to start anew."
+        )
+
+
+def build_model(model_args: ModelArguments, data: SegmentationData, eval_only: bool) -> TwinsForSemanticSegmentation:
+    overrides = json.loads(model_args.config_overrides or "{}")
+    labels = {"id2label": data.id2label, "label2id": {name: class_id for class_id, name in data.id2label.items()}}
+    if model_args.model_name_or_path is None:
+        return TwinsForSemanticSegmentation(TwinsConfig.from_variant(model_args.variant, **{**overrides, **labels}))
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    config = TwinsConfig.from_pretrained(name, revision=revision, **overrides)
+    is_segmenter = "TwinsForSemanticSegmentation" in (config.architectures or [])
+    if eval_only and not is_segmenter:
+        raise ValueError(f"--model_name_or_path {name} is no TwinsForSemanticSegmentation but {config.architectures}.")
+    if is_segmenter and config.num_labels != len(data.id2label):
+        if eval_only or not model_args.ignore_mismatched_sizes:
+            advice = "" if eval_only else " To train new classifiers, pass --ignore_mismatched_sizes."
+            raise ValueError(
+                f"--model_name_or_path {name} has {config.num_labels} classes but --dataset_name {data.name} has "
+                f"{len(data.id2label)}.{advice}"
+            )
+    if not eval_only:
+        config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+    return TwinsForSemanticSegmentation.from_pretrained(
+        name, config=config, revision=revision, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes
+    )
+
+
+def build_image_processor(
+    model_args: ModelArguments, data_args: DataArguments, data: SegmentationData
+) -> TwinsImageProcessor:
+    """The checkpoint's processor, or a new one, with the sizes that were asked for."""
+    name = model_args.model_name_or_path
+    if name is None:
+        image_processor = TwinsImageProcessor()
+    else:
+        image_processor = TwinsImageProcessor.from_pretrained(name, revision=model_args.model_revision)
+    settings = image_processor.to_dict()
+    settings["do_reduce_labels"] = data.do_reduce_labels
+    for key in ("shortest_edge", "longest_edge"):
+        if getattr(data_args, key) is not None:
+            settings["size"] = {**settings["size"], key: getattr(data_args, key)}
+    if data_args.crop_size is not None:
+        settings["crop_size"] = data_args.crop_size
+    return TwinsImageProcessor.from_dict(settings)
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """Folder of the checkpoint to resume from, if any."""
+    if resume_from_checkpoint is None:
+        return None
+    if resume_from_checkpoint != "latest":
+        checkpoint = Path(resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {checkpoint}: there is no such folder.")
+        return checkpoint
+    checkpoints = checkpoint_folders(output_dir)
+    if not checkpoints:
+        raise ValueError(f"--resume_from_checkpoint latest: {output_dir} has no checkpoint.")
+    return checkpoints[-1]
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def create_hub_repository(args: TrainingArguments, output_dir: Path) -> str | None:
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or output_dir.resolve().name
+    return HfApi().create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+
+
+def run(prepared: Run) -> dict:
+    """
+    Trains (unless `--eval_only`), scores, and writes the results into the output folder: model, processor,
+    `all_results.json`, `per_class.md`, the model card `README.md` and `overlays/`.
+
+    Returns:
+        What `all_results.json` holds.
+    """
+    args, accelerator = prepared.args, prepared.accelerator
+    if args.report_to is not None:
+        accelerator.init_trackers("twins_hf", config=tracked_settings(prepared))
+    prepared.model.to(accelerator.device)
+    results = {} if args.eval_only else train(prepared)
+    results |= score(prepared)
+    if not args.eval_only and accelerator.is_main_process:
+        prepared.model.save_pretrained(prepared.output_dir)
+        prepared.image_processor.save_pretrained(prepared.output_dir)
+        write_model_card(prepared, results)
+    if accelerator.is_main_process:
+        write_results(prepared, results)
+        if prepared.hub_model_id is not None:
+            HfApi().upload_folder(
+                repo_id=prepared.hub_model_id,
+                folder_path=prepared.output_dir,
+                ignore_patterns=["checkpoint-*"],
+                commit_message="Upload by twins_hf",
+            )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def train(prepared: Run) -> dict:
+    """Trains `prepared.model` in place; returns the training's figures."""
+    args, accelerator, output_dir = prepared.args, prepared.accelerator, prepared.output_dir
+    batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    warmup_steps = min(1500, args.max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+
+    model = prepared.model.train()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer, scheduler = build_optimizer(
+        model,
+        args.learning_rate,
+        args.weight_decay,
+        (args.adam_beta1, args.adam_beta2),
+        args.max_steps,
+        warmup_steps,
+        args.lr_power,
+    )
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if prepared.checkpoint is not None:
+        accelerator.load_state(str(prepared.checkpoint))
+        logger.info(f"Resumed from {prepared.checkpoint} at iteration {progress.step}")
+
+    image_processor = prepared.image_processor
+    transform = SegmentationTrainTransform(
+        crop_size=(image_processor.crop_size.height, image_processor.crop_size.width),
+        size=dict(image_processor.size),
+        ratio_range=prepared.data_args.ratio_range,
+        cat_max_ratio=prepared.data_args.cat_max_ratio,
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+    )
+    stream = TrainingStream(
+        prepared.data.splits["train"],
+        prepared.data.do_reduce_labels,
+        transform,
+        args.seed,
+        start=progress.step * batch_size,
+        stop=args.max_steps * batch_size,
+    )
+    batches = iter(
+        accelerator.prepare(
+            DataLoader(
+                stream,
+                batch_size=args.per_device_train_batch_size,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+        )
+    )
+
+    logger.info(
+        f"Training on {len(prepared.data.splits['train'])} images, {batch_size} crops an iteration, "
+        f"iterations {progress.step + 1} to {args.max_steps}"
+    )
+    bar = tqdm(
+        total=args.max_steps,
+        initial=progress.step,
+        desc="Training",
+        unit="it",
+        disable=not accelerator.is_main_process,
+    )
+    first_step, started = progress.step, time.perf_counter()
+    window_step, window_started = first_step, started
+    window_loss = torch.zeros((), device=accelerator.device)
+    loss = math.nan  # mean over the last window
+    while progress.step < args.max_steps:
+        for _ in range(args.gradient_accumulation_steps):
+            with accelerator.accumulate(model):
+                batch_loss = model(**next(batches)).loss
+                accelerator.backward(batch_loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            window_loss += batch_loss.detach() / args.gradient_accumulation_steps
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        progress.step += 1
+        bar.update()
+
+        if progress.step % args.logging_steps == 0 or progress.step == args.max_steps:
+            elapsed = time.perf_counter() - window_started
+            loss = accelerator.reduce(window_loss, "mean").item() / (progress.step - window_step)
+            rate = (progress.step - window_step) * batch_size / elapsed
+            eta = (args.max_steps - progress.step) * batch_size / rate
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", images_per_s=f"{rate:.2f}")
+            logger.info(
+                f"iteration {progress.step}/{args.max_steps}: loss {loss:.4f}, learning rate {learning_rate:.3e}, "
+                f"{rate:.2f} images/s, {time.strftime('%H:%M:%S', time.gmtime(eta))} to go"
+            )
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss became {loss} before iteration {progress.step}.")
+            accelerator.log(
+                {"train/loss": loss, "train/learning_rate": learning_rate, "train/images_per_second": rate},
+                step=progress.step,
+            )
+            window_loss.zero_()
+            window_step, window_started = progress.step, time.perf_counter()
+
+        if args.save_steps and progress.step % args.save_steps == 0:
+            save_checkpoint(accelerator, output_dir, progress.step, args.save_total_limit)
+        if args.eval_steps and progress.step % args.eval_steps == 0 and progress.step < args.max_steps:
+            results = score(prepared)
+            accelerator.log({f"eval/{name}": value for name, value in scalars(results).items()}, step=progress.step)
+            window_started = time.perf_counter()
+    bar.close()
+
+    runtime = time.perf_counter() - started
+    trained = progress.step - first_step
+    return {
+        "train_loss": loss,
+        "train_runtime": runtime,
+        "train_steps": progress.step,
+        "train_samples_per_second": trained * batch_size / runtime,
+    }
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> None:
+    """Writes `checkpoint-<step>`: whole under another name first, so that a folder of this name is complete."""
+    folder, partial = output_dir / f"checkpoint-{step}", output_dir / f".partial-checkpoint-{step}"
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        for old in checkpoint_folders(output_dir)[: -limit if limit else 0]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def score(prepared: Run) -> dict:
+    """Scores on the validation split, the names prefixed `eval_`; draws the overlays."""
+    args, accelerator = prepared.args, prepared.accelerator
+    for buffer in prepared.model.buffers():  # batch norm's statistics differ between processes that train
+        buffer.copy_(broadcast(buffer))
+    picture_folder = prepared.output_dir / "overlays"
+    picture_folder.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    results = evaluate_segmentation(
+        prepared.model,
+        prepared.image_processor,
+        prepared.data,
+        accelerator=accelerator,
+        metric=args.metric,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        picture_folder=picture_folder,
+        num_pictures=args.num_pictures,
+    )
+    runtime = time.perf_counter() - started
+    logger.info(
+        f"mean IoU {100 * results['mean_iou']:.2f}, mean accuracy {100 * results['mean_accuracy']:.2f}, "
+        f"pixel accuracy {100 * results['overall_accuracy']:.2f}"
+    )
+    num_images = len(prepared.data.splits["validation"])
+    results |= {"runtime": runtime, "samples": num_images, "samples_per_second": num_images / runtime}
+    return {f"eval_{name}": value for name, value in results.items()}
+
+
+def scalars(results: dict) -> dict[str, float]:
+    return {name: float(value) for name, value in results.items() if np.ndim(value) == 0}
+
+
+def tracked_settings(prepared: Run) -> dict:
+    settings = {}
+    for arguments in (prepared.model_args, prepared.data_args, prepared.args):
+        settings |= {name: str(value) for name, value in vars(arguments).items()}
+    return settings
+
+
+def write_results(prepared: Run, results: dict) -> None:
+    """`all_results.json` and `per_class.md`."""
+    names = list(prepared.data.id2label.values())
+    stored = scalars(results)
+    for key in ("eval_per_category_iou", "eval_per_category_accuracy"):
+        stored[key] = {
+            name: None if math.isnan(value) else float(value) for name, value in zip(names, results[key], strict=True)
+        }
+    (prepared.output_dir / "all_results.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    table = class_table(results, prepared.data)
+    (prepared.output_dir / "per_class.md").write_text(table + "\n", encoding="utf-8")
+    logger.info(f"Results are in {prepared.output_dir}")
+
+
+def class_table(results: dict, data: SegmentationData) -> str:
+    return per_class_table({name.removeprefix("eval_"): value for name, value in results.items()}, data.id2label)
+
+
+def write_model_card(prepared: Run, results: dict) -> None:
+    """`README.md`: what was trained on what, how, and what it scores."""
+    model_args, data_args, args, data = prepared.model_args, prepared.data_args, prepared.args, prepared.data
+    batch_size = (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * prepared.accelerator.num_processes
+    )
+    scores = {
+        "mean_iou": "Mean IoU",
+        "mean_accuracy": "Mean accuracy",
+        "overall_accuracy": "Pixel accuracy",
+    }
+    dataset = Path(data.name).name
+    card_data = ModelCardData(
+        model_name=prepared.output_dir.resolve().name,
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        tags=["twins", "image-segmentation", "vision"],
+        base_model=None if model_args.model_name_or_path is None else Path(model_args.model_name_or_path).name,
+        eval_results=[
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split="validation",
+                metric_type=metric,
+                metric_name=title,
+                metric_value=float(results[f"eval_{metric}"]),
+            )
+            for metric, title in scores.items()
+        ],
+    )
+    start = model_args.model_name_or_path or f"random weights of {model_args.variant}"
+    if model_args.config_overrides:
+        start += f" with {model_args.config_overrides}"
+    sizes = prepared.image_processor
+    lines = [
+        f"---\n{card_data.to_yaml()}\n---",
+        f"# {prepared.output_dir.resolve().name}",
+        "Twins (arXiv [2104.13840](https://arxiv.org/abs/2104.13840)) with UPerNet for semantic segmentation, trained "
+        "with `twins_hf`.",
+        "```python\nimport twins_hf\nfrom transformers import pipeline\n\n"
+        f'segment = pipeline("image-segmentation", "{prepared.hub_model_id or prepared.output_dir}")\n'
+        'segment("photo.jpg")\n```',
+        "## Data",
+        f"{dataset}: {len(data.splits['train'])} training and {len(data.splits['validation'])} validation images, "
+        f"{len(data.id2label)} classes.",
+        "## Training",
+        f"Started from {start}. {results['train_steps']} iterations of {batch_size} crops of "
+        f"{sizes.crop_size.height}x{sizes.crop_size.width}, scales {data_args.ratio_range[0]} to "
+        f"{data_args.ratio_range[1]} of {dict(sizes.size)}; AdamW with learning rate {args.learning_rate:g} and "
+        f"weight decay {args.weight_decay:g}, polynomial decay of power {args.lr_power:g}; "
+        f"precision {args.mixed_precision}; "
+        f"seed {args.seed}. Loss at the end: {results['train_loss']:.4f}.",
+        "## Scores",
+        "On the validation images, each whole and at its own size:",
+        "| "
+        + " | ".join(scores.values())
+        + " |\n| ---: | ---: | ---: |\n| "
+        + " | ".join(f"{100 * results[f'eval_{metric}']:.2f}" for metric in scores)
+        + " |",
+        class_table(results, data),
+    ]
+    ModelCard("\n\n".join(lines) + "\n").save(prepared.output_dir / "README.md")

@@ -175,7 +175,7 @@ class TwinsImageProcessingMixin:
         return super().preprocess(images, segmentation_maps, **kwargs)
 
     def fetch_images(self, images):
-        if isinstance(images, (str, os.PathLike)) and os.path.isfile(images):
+        if isinstance(images, (str, os.PathLike)) and not str(images).startswith(("http://", "https://", "data:")):
             return open_image(images)
         return super().fetch_images(images)
 

@@ -29,18 +29,12 @@ SCENE_CLASSES = (
 UNLABELLED, WALL, BUILDING, SKY, FLOOR, TREE, CEILING, ROAD, WINDOW, SIDEWALK, CAR, SOFA = range(12)
 GRAIN = np.array([2, 2, 3, 0.5, 3, 9, 1, 7, 1, 5, 1, 4], dtype=np.float32)  # surface noise by mask value, grey levels
 
-PAINTS = (  # from deep to pale
-    *((88, 90, 98), (70, 90, 128), (154, 82, 70), (72, 132, 134), (104, 128, 152), (196, 108, 82), (150, 172, 136)),
-    *(
-        (208, 152, 146),
-        (214, 166, 88),
-        (168, 164, 158),
-        (170, 156, 192),
-        (164, 194, 214),
-        (232, 212, 176),
-        (236, 232, 224),
-    ),
+DEEP_PAINTS = (
+    *((88, 90, 98), (70, 90, 128), (154, 82, 70), (72, 132, 134), (104, 128, 152)),
+    *((196, 108, 82), (150, 172, 136), (208, 152, 146), (214, 166, 88)),
 )
+PALE_PAINTS = ((168, 164, 158), (170, 156, 192), (164, 194, 214), (232, 212, 176), (236, 232, 224))
+PAINTS = DEEP_PAINTS + PALE_PAINTS
 GREENS = ((86, 128, 62), (112, 148, 74), (62, 104, 66), (142, 156, 78))
 LEAVES = (*GREENS, *GREENS, (196, 146, 60), (186, 100, 62), (214, 150, 160))
 STONES = ((198, 188, 174), (176, 174, 174), (206, 180, 158))
@@ -67,10 +61,12 @@ Plane = Callable[[float, float], Point]
 
 
 def mix(first: Colour, second: Colour, amount: float) -> Colour:
+    """The colour `amount` of the way from `first` (0) to `second` (1)."""
     return tuple(int(a + (b - a) * amount) for a, b in zip(first, second, strict=True))
 
 
 def shade(colour: Colour, factor: float) -> Colour:
+    """`colour` in `factor` times the light."""
     return tuple([min(255, int(value * factor)) for value in colour])
 
 
@@ -112,11 +108,11 @@ class Scene:
     def panel(
         self, plane: Plane, u0: float, u1: float, v0: float, v1: float, colour: Colour, label: int | None = None
     ) -> None:
-        """A rectangle in the two coordinates of `plane`."""
+        """A rectangle between two values of each coordinate of `plane`."""
         self.polygon([plane(u0, v0), plane(u1, v0), plane(u1, v1), plane(u0, v1)], colour, label)
 
-    def line(self, start: Point, end: Point, colour: Colour = JOINT) -> None:
-        self.veil.line([self.project(start), self.project(end)], fill=colour)
+    def joint(self, start: Point, end: Point) -> None:
+        self.veil.line([self.project(start), self.project(end)], fill=JOINT)
 
     def disc(self, centre: Point, radius: float, colour: Colour, label: int) -> None:
         (column, row), size = self.project(centre), self.focal / centre[2] * radius
@@ -169,8 +165,8 @@ def draw_ground(scene: Scene, left: float, right: float) -> None:
     rng, slab = scene.rng, scene.rng.uniform(0.8, 1.3)
     scene.panel(ground, -80, 80, 1, FAR, scene.pick(STONES), SIDEWALK)
     for step in range(-10, 11):
-        scene.line((step * slab, 0, 1), (step * slab, 0, 24))
-        scene.line((-12, 0, 12 + step * slab), (12, 0, 12 + step * slab))
+        scene.joint((step * slab, 0, 1), (step * slab, 0, 24))
+        scene.joint((-12, 0, 12 + step * slab), (12, 0, 12 + step * slab))
     scene.panel(ground, left - 0.25, right + 0.25, 1, FAR, (214, 210, 202), SIDEWALK)
     scene.panel(ground, left, right, 1, FAR, scene.pick(ASPHALTS), ROAD)
     middle, start, paint = (left + right) / 2, rng.uniform(1, 4), scene.pick(((240, 238, 228), (240, 214, 130)))
@@ -185,8 +181,9 @@ def draw_facade(scene: Scene, plane: Plane, u0: float, u1: float, top: float, co
     """A front with courses of brick (style 0), bands (1) or wide panes (2); windows, awnings and a cornice."""
     rng, columns, near = scene.rng, max(1, int((u1 - u0) / 2.6)), plane(u0, 0)[2] < 18
     scene.panel(plane, u0, u1, 0, top, colour, BUILDING)
-    for v in np.arange(0.4, top, 0.4) if style == 0 and near else ():
-        scene.line(plane(u0, v), plane(u1, v))
+    if style == 0 and near:
+        for v in np.arange(0.4, top, 0.4):
+            scene.joint(plane(u0, v), plane(u1, v))
     pitch, wide, frame = (u1 - u0) / columns, (0.54, 0.5, 0.86)[style], shade(colour, 1.25)
     for base in range(0, int(top) - 2, 3):
         if style == 1 and base:
@@ -199,8 +196,9 @@ def draw_facade(scene: Scene, plane: Plane, u0: float, u1: float, top: float, co
                 scene.panel(plane, left - 0.1, left + wide * pitch + 0.1, low - 0.1, high + 0.1, frame)
             scene.panel(plane, left, left + wide * pitch, low, high, glass)
     cloth = scene.pick(PAINTS)
-    for stripe in range(int((u1 - u0) / 0.5) if near and style < 2 and rng.random() < 0.5 else 0):
-        scene.panel(plane, u0 + stripe / 2, u0 + stripe / 2 + 0.5, 2.4, 3.0, cloth if stripe % 2 else WHITE)
+    if near and style < 2 and rng.random() < 0.5:
+        for stripe, u in enumerate(np.arange(u0, u1 - 0.5, 0.5)):
+            scene.panel(plane, u, u + 0.5, 2.4, 3.0, cloth if stripe % 2 else WHITE)
     scene.panel(plane, u0, u1, top, top + 0.4, frame, BUILDING)
 
 
@@ -231,12 +229,8 @@ def draw_tree(scene: Scene, x: float, z: float) -> None:
 def draw_car(scene: Scene, x: float, z: float) -> None:
     """A car along the street: its outline extruded, the far strips first, then lamps and tyres, then the flank."""
     outline = CAR_OUTLINES[scene.rng.integers(len(CAR_OUTLINES))]
-    colour, glass, right, back = (
-        scene.pick((*PAINTS[1:6], *PAINTS[8:9], WHITE), z),
-        mix(GLASS, scene.haze, 0.2),
-        x + 1.8,
-        front_at(z),
-    )
+    colour, glass = scene.pick((*DEEP_PAINTS, WHITE), z), mix(GLASS, scene.haze, 0.2)
+    right, back = x + 1.8, front_at(z)
     lamp = ((200, 44, 40), (252, 244, 210))[scene.rng.integers(2)]
     scene.panel(ground, x - 0.2, right + 0.2, z - 0.3, z + 4.5, SHADOW)
     for (a0, y0), (a1, y1) in reversed(list(zip(outline[:-1], outline[1:], strict=True))):
@@ -295,23 +289,22 @@ def draw_street(scene: Scene) -> None:
 
 
 def draw_floor(scene: Scene, left: float, right: float, back: float) -> None:
-    """Planks that run to the back wall, or tiles."""
-    rng, colour, width, tiled = scene.rng, scene.pick(WOODS), scene.rng.uniform(0.22, 0.4), scene.rng.random() < 0.3
+    """Planks that run to the back wall."""
+    rng, colour, width = scene.rng, scene.pick(WOODS), scene.rng.uniform(0.22, 0.4)
     scene.panel(ground, left, right, NEAR, back, colour, FLOOR)
     for x in np.arange(left, right, width):
         joints = [back, *np.arange(back - rng.uniform(0.3, 1.5), NEAR, -1.2), NEAR]
-        for far, near in zip(joints[:-1], joints[1:], strict=True) if not tiled else ():
+        for far, near in zip(joints[:-1], joints[1:], strict=True):
             scene.panel(ground, x, min(x + width, right), near, far, shade(colour, rng.uniform(0.86, 1.12)))
-        scene.line((x, 0, NEAR), (x, 0, back))
-    for z in np.arange(back, NEAR, -width) if tiled else ():
-        scene.line((left, 0, z), (right, 0, z))
+        scene.joint((x, 0, NEAR), (x, 0, back))
 
 
 def draw_wall(scene: Scene, plane: Plane, u0: float, u1: float, top: float, colour: Colour, style: int) -> None:
     """Plain paint (style 0), striped paper (1) or a panelled lower half (2), above a skirting board."""
     scene.panel(plane, u0, u1, 0, top, colour, WALL)
-    for u in np.arange(u0, u1 - 0.2, 0.4) if style == 1 else ():
-        scene.panel(plane, u, u + 0.2, 0, top, shade(colour, 1.1))
+    if style == 1:
+        for u in np.arange(u0, u1 - 0.2, 0.4):
+            scene.panel(plane, u, u + 0.2, 0, top, shade(colour, 1.1))
     if style == 2:
         scene.panel(plane, u0, u1, 0, 0.95, mix(colour, WHITE, 0.6))
         scene.panel(plane, u0, u1, 0.92, 1.0, shade(colour, 0.8))
@@ -332,9 +325,10 @@ def draw_window(scene: Scene, plane: Plane, u: float) -> None:
     for bar in np.linspace(u, right, 4 if right - u > 1.5 else 3)[1:-1]:
         scene.panel(plane, bar - 0.03, bar + 0.03, low, high, frame)
     scene.panel(plane, u - 0.08, right + 0.08, low - 0.08, low, shade(frame, 0.9), WINDOW)
-    for fold in range(5) if rng.random() < 0.45 else ():
-        for left in (u - 0.3 + fold * 0.08, right - 0.1 + fold * 0.08):
-            scene.panel(plane, left, left + 0.08, 0.15, 2.4, shade(cloth, (1.0, 1.1, 0.9)[fold % 3]), UNLABELLED)
+    if rng.random() < 0.45:
+        for fold in range(5):
+            for left in (u - 0.3 + fold * 0.08, right - 0.1 + fold * 0.08):
+                scene.panel(plane, left, left + 0.08, 0.15, 2.4, shade(cloth, 0.9 + 0.1 * (fold % 3)), UNLABELLED)
 
 
 def draw_picture(scene: Scene, plane: Plane, u: float) -> None:
@@ -347,7 +341,7 @@ def draw_picture(scene: Scene, plane: Plane, u: float) -> None:
 
 def draw_sofa(scene: Scene, x: float, right: float, back: float) -> None:
     """A back, seats with cushions, two arms."""
-    rng, colour, front, top = scene.rng, scene.pick(PAINTS[:9]), back - 0.9, scene.rng.uniform(0.8, 1.0)
+    rng, colour, front, top = scene.rng, scene.pick(DEEP_PAINTS), back - 0.9, scene.rng.uniform(0.8, 1.0)
     scene.panel(ground, x - 0.15, right + 0.15, front - 0.25, back, SHADOW)
     scene.box((x, right), (0.1, top), (back - 0.3, back), colour, SOFA)
     seats = np.linspace(x + 0.22, right - 0.22, 4 if right - x > 1.9 else 3)
@@ -373,7 +367,7 @@ def draw_plant(scene: Scene, x: float, z: float) -> None:
 
 def draw_room(scene: Scene) -> None:
     """A room towards its back wall: ceiling, floor, side walls, back wall with windows and pictures, plant, sofa."""
-    rng, left, right, back, top = scene.rng, *scene.rng.uniform((-2.8, 1.6, 3.4, 2.5), (-1.6, 2.8, 4.6, 2.8))
+    rng, left, right, back, top = scene.rng, *scene.rng.uniform((-2.6, 1.6, 3.4, 2.5), (-1.6, 2.6, 4.6, 2.8))
     colour, style = mix(scene.pick(PAINTS[4:]), WHITE, rng.uniform(0.2, 0.6)), int(rng.integers(3))
     scene.panel(lambda x, z: (x, top, z), left, right, NEAR, back, mix(colour, (236, 234, 230), 0.75), CEILING)
     draw_floor(scene, left, right, back)
@@ -425,7 +419,7 @@ def draw_scene(seed: int, index: int, image_size: tuple[int, int] = (192, 256)) 
         An RGB image and a mask of the same size (mode "L"): 0 unlabelled, 1 to 11 the class of `SCENE_CLASSES` plus 1.
 
     Raises:
-        ValueError: where seed or index is negative or a side is below 64.
+        ValueError: where seed or index is negative, or a side is below 64; it names the argument and its value.
     """
     check_at_least(0, seed=seed, index=index)
     check_at_least(64, height=image_size[0], width=image_size[1])
@@ -436,7 +430,7 @@ def draw_scene(seed: int, index: int, image_size: tuple[int, int] = (192, 256)) 
         scene = Scene(rng, size, *rng.uniform((0.42, 0.35, 0.65, 1.7), (0.56, 0.65, 0.85, 2.6)))
         draw_street(scene)
     else:
-        scene = Scene(rng, size, *rng.uniform((0.40, 0.35, 0.60, 1.3), (0.52, 0.65, 0.80, 1.6)))
+        scene = Scene(rng, size, *rng.uniform((0.38, 0.35, 0.60, 1.3), (0.50, 0.65, 0.80, 1.6)))
         draw_room(scene)
     mask = np.asarray(scene.mask)[::2, ::2].copy()
     image = photograph(scene, mask)
@@ -445,7 +439,7 @@ def draw_scene(seed: int, index: int, image_size: tuple[int, int] = (192, 256)) 
 
 
 def generate_scenes(split: str, count: int, seed: int, image_size: tuple, code: str) -> Iterator[dict]:
-    """The rows of a split. Training takes the even indices, validation the odd ones; `code` only tells caches apart."""
+    """The rows of a split: even indices for training, odd ones for validation. `code` only tells caches apart."""
     for number in range(count):
         image, label = draw_scene(seed, 2 * number + (split == "validation"), image_size)
         yield {"image": image, "label": label, "file_name": f"scene_{split}_{number:05d}.png"}
@@ -470,7 +464,7 @@ def load_scenes(
         Splits "train" and "validation" with columns `image`, `label` (a mask as of `draw_scene`) and `file_name`.
 
     Raises:
-        ValueError: where an argument is out of range.
+        ValueError: where an argument is out of range; it names the argument and its value.
     """
     check_at_least(1, num_train=num_train, num_validation=num_validation)
     check_at_least(0, seed=seed)

@@ -92,7 +92,9 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = option(None, "Checkpoint folder to go on from, or 'latest'.")
     metric: str = option(MEAN_IOU, "What evaluate.load takes: a path, or 'mean_iou' for the Hub's own.")
     num_pictures: int = option(4, "Validation images drawn beside truth and prediction.")
-    dataloader_num_workers: int = option(2, "Processes per process that decode and augment.")
+    dataloader_num_workers: int | None = option(
+        None, "Workers per process that decode and augment (default: 4 beside a GPU, none beside a CPU they would slow)."
+    )
     report_to: str | None = option(None, "Tracker of accelerate: tensorboard, wandb, trackio, ...; or 'all'.")
     use_cpu: bool = option(False, "Run on the CPU even where there is a GPU.")
     push_to_hub: bool = option(False, "Upload the result to the Hub.")

@@ -321,7 +321,7 @@ def train(prepared: Run) -> dict:
             DataLoader(
                 stream,
                 batch_size=args.per_device_train_batch_size,
-                num_workers=args.dataloader_num_workers,
+                num_workers=num_workers(prepared),
                 pin_memory=accelerator.device.type == "cuda",
             )
         )
@@ -392,6 +392,12 @@ def train(prepared: Run) -> dict:
     }
 
 
+def num_workers(prepared: Run) -> int:
+    if prepared.args.dataloader_num_workers is not None:
+        return prepared.args.dataloader_num_workers
+    return 0 if prepared.accelerator.device.type == "cpu" else 4
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> None:
     """Writes `checkpoint-<step>`: whole under another name first, so that a folder of this name is complete."""
     folder, partial = output_dir / f"checkpoint-{step}", output_dir / f".partial-checkpoint-{step}"
@@ -420,7 +426,7 @@ def score(prepared: Run) -> dict:
         accelerator=accelerator,
         metric=args.metric,
         batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers,
+        num_workers=num_workers(prepared),
         picture_folder=picture_folder,
         num_pictures=args.num_pictures,
     )

@@ -1,0 +1,334 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILIES, TINY, randomize
+from transformers import AutoModel, AutoModelForSemanticSegmentation
+
+from twins_hf import TwinsConfig, TwinsForSemanticSegmentation, TwinsModel
+
+SIZES = [(32, 32), (64, 96), (61, 130), (224, 224)]
+
+
+class PlainTwins:
+    """
+    The paper's equations, one at a time and slowly, on the weights of a model: loops over windows and heads, attention
+    by its definition, and the map cut to its real positions in place of any mask.
+    """
+
+    def __init__(self, model: TwinsForSemanticSegmentation):
+        self.config = model.config
+        self.weights = model.state_dict()
+
+    def linear(self, name, x):
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def norm(self, name, x, eps):
+        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps)
+
+    def conv(self, name, x, **kwargs):
+        """On a map (H, W, C)."""
+        y = F.conv2d(x.permute(2, 0, 1)[None], self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), **kwargs)
+        return y[0].permute(1, 2, 0)
+
+    @staticmethod
+    def attention(queries, keys, values, num_heads):
+        """(N, C), (M, C), (M, C) -> (N, C)."""
+        heads = []
+        for q, k, v in zip(*(x.chunk(num_heads, dim=-1) for x in (queries, keys, values)), strict=True):
+            heads.append(torch.softmax(q @ k.T / math.sqrt(q.shape[-1]), dim=-1) @ v)
+        return torch.cat(heads, dim=-1)
+
+    def gsa(self, name, x, stage):
+        ratio, num_heads = self.config.sr_ratios[stage], self.config.num_attention_heads[stage]
+        reduced = x
+        if ratio > 1:
+            reduced = self.norm(f"{name}.layernorm", self.conv(f"{name}.sequence_reduction", x, stride=ratio), 1e-5)
+        keys, values = self.linear(f"{name}.kv_proj", reduced.flatten(0, 1)).chunk(2, dim=-1)
+        context = self.attention(self.linear(f"{name}.q_proj", x.flatten(0, 1)), keys, values, num_heads)
+        return self.linear(f"{name}.o_proj", context).view(x.shape)
+
+    def lsa(self, name, x, stage):
+        side, num_heads = self.config.window_sizes[stage], self.config.num_attention_heads[stage]
+        out = torch.empty_like(x)
+        for top in range(0, x.shape[0], side):
+            for left in range(0, x.shape[1], side):
+                window = x[top : top + side, left : left + side]  # smaller at the edge: padding is never attended to
+                q, k, v = self.linear(f"{name}.qkv_proj", window.flatten(0, 1)).chunk(3, dim=-1)
+                context = self.linear(f"{name}.o_proj", self.attention(q, k, v, num_heads))
+                out[top : top + side, left : left + side] = context.view(window.shape)
+        return out
+
+    def patches(self, name, x, size):
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % size, 0, -x.shape[0] % size))
+        return self.norm(f"{name}.layernorm", self.conv(f"{name}.projection", x, stride=size), 1e-5)
+
+    def encoder(self, image):
+        """(3, H, W) -> the four stages' maps (H, W, C)."""
+        eps, x, maps = self.config.layer_norm_eps, image.permute(1, 2, 0), []
+        for stage, depth in enumerate(self.config.depths):
+            name = f"twins.stages.{stage}"
+            embeddings = "twins.embeddings" if stage == 0 else f"{name}.patch_embeddings"
+            x = self.patches(embeddings, x, self.config.patch_sizes[stage])
+            for layer in range(depth):
+                block = f"{name}.layers.{layer}"
+                attend = self.lsa if self.config.window_sizes and layer % 2 == 0 else self.gsa
+                x = x + attend(f"{block}.attention", self.norm(f"{block}.layernorm_before", x, eps), stage)
+                y = self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.layernorm_after", x, eps))
+                x = x + self.linear(f"{block}.mlp.fc2", y * 0.5 * (1 + torch.erf(y / math.sqrt(2))))
+                if layer == 0:
+                    x = x + self.conv(f"{name}.position_encoding.projection", x, padding=1, groups=x.shape[-1])
+            if self.config.norm_after_stage:
+                x = self.norm(f"{name}.layernorm", x, eps)
+            maps.append(x)
+        return maps
+
+    def conv_bn_relu(self, name, x):
+        y = F.conv2d(x, self.weights[f"{name}.conv.weight"], padding=self.weights[f"{name}.conv.weight"].shape[-1] // 2)
+        mean, var, scale, shift = (
+            self.weights[f"{name}.batch_norm.{part}"][:, None, None]
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.relu((y - mean) / torch.sqrt(var + 1e-5) * scale + shift)
+
+    def classify(self, name, x):
+        return F.conv2d(x, self.weights[f"{name}.classifier.weight"], self.weights[f"{name}.classifier.bias"])
+
+    def upernet(self, maps):
+        def resize(x, like):
+            return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+        c1, c2, c3, c4 = (x.permute(2, 0, 1)[None] for x in maps)
+        pyramid = [c4]
+        for index, bins in enumerate(self.config.pool_scales):
+            pooled = self.conv_bn_relu(f"decode_head.pyramid_pooling.pools.{index}.1", F.adaptive_avg_pool2d(c4, bins))
+            pyramid.append(resize(pooled, c4))
+        p4 = self.conv_bn_relu("decode_head.pyramid_pooling.bottleneck", torch.cat(pyramid, 1))
+        l1, l2, l3 = (self.conv_bn_relu(f"decode_head.lateral_convs.{i}", c) for i, c in enumerate((c1, c2, c3)))
+        l3 = l3 + resize(p4, l3)
+        l2 = l2 + resize(l3, l2)
+        l1 = l1 + resize(l2, l1)
+        levels = [self.conv_bn_relu(f"decode_head.fpn_convs.{i}", level) for i, level in enumerate((l1, l2, l3))]
+        fused = torch.cat([resize(level, c1) for level in (*levels, p4)], 1)
+        return self.classify("decode_head", self.conv_bn_relu("decode_head.fpn_bottleneck", fused))
+
+    def auxiliary(self, maps):
+        return self.classify("auxiliary_head", self.conv_bn_relu("auxiliary_head.conv", maps[2].permute(2, 0, 1)[None]))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", SIZES)
+@torch.inference_mode()
+def test_the_model_equals_the_papers_equations(tiny_model, size, attention):
+    tiny_model.set_attn_implementation(attention)
+    pixel_values = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    outputs = tiny_model(pixel_values, output_hidden_states=True)
+    plain = PlainTwins(tiny_model)
+    maps = plain.encoder(pixel_values[0])
+    for ours, theirs in zip(outputs.hidden_states[1:], maps, strict=True):
+        torch.testing.assert_close(ours[0].permute(1, 2, 0), theirs, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(outputs.logits, plain.upernet(maps), rtol=1e-4, atol=2e-5)
+    auxiliary = tiny_model.auxiliary_head(outputs.hidden_states[1:])
+    torch.testing.assert_close(auxiliary, plain.auxiliary(maps), rtol=1e-4, atol=2e-5)
+
+
+@torch.inference_mode()
+def test_every_layer_norm_has_its_own_epsilon(tiny_config):
+    tiny_config.layer_norm_eps = 1e-3  # far from the 1e-5 of patch embeddings and reduced keys
+    model = randomize(TwinsForSemanticSegmentation(tiny_config))
+    for name, parameter in model.named_parameters():
+        if "projection" in name or "sequence_reduction" in name:
+            parameter.mul_(0.01)
+    pixel_values = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = PlainTwins(model).encoder(pixel_values[0])
+    stages = model(pixel_values, output_hidden_states=True).hidden_states[1:]
+    for ours, theirs in zip(stages, expected, strict=True):
+        torch.testing.assert_close(ours[0].permute(1, 2, 0), theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(7, 14), (8, 8), (7, 10), (10, 7), (13, 15), (1, 1), (3, 20)])
+@torch.inference_mode()
+def test_real_positions_attend_to_no_padding_whichever_side_has_it(size):
+    model = randomize(TwinsForSemanticSegmentation(TwinsConfig(**TINY, **FAMILIES["svt"], num_labels=3)))
+    hidden_states = torch.randn(2, *size, 8, generator=torch.Generator().manual_seed(1))
+    attended, _ = model.twins.stages[0].layers[0].attention(hidden_states)
+    for ours, image in zip(attended, hidden_states, strict=True):
+        plain = PlainTwins(model).lsa("twins.stages.0.layers.0.attention", image, stage=0)
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "with_head", "auxiliary"),
+    [
+        ("pcpvt-s", 54_080_044, 776_342),
+        ("pcpvt-b", 73_802_284, 776_342),
+        ("pcpvt-l", 90_963_500, 776_342),
+        ("svt-s", 53_856_300, 628_886),
+        ("svt-b", 87_724_460, 923_798),
+        ("svt-l", 132_782_892, 1_218_710),
+    ],
+)
+def test_parameters_are_as_many_as_in_the_published_models(variant, with_head, auxiliary):
+    with torch.device("meta"):
+        model = TwinsForSemanticSegmentation(TwinsConfig.from_variant(variant, num_labels=150))
+    assert sum(p.numel() for p in model.parameters()) == with_head
+    assert sum(p.numel() for p in model.auxiliary_head.parameters()) == auxiliary
+
+
+@torch.inference_mode()
+def test_hidden_states_are_the_stem_and_the_four_stages(tiny_config):
+    model = TwinsModel(tiny_config).eval()
+    outputs = model(torch.randn(2, 3, 64, 96), output_hidden_states=True, output_attentions=True)
+    shapes = [tuple(state.shape) for state in outputs.hidden_states]
+    assert shapes == [(2, 8, 16, 24), (2, 8, 16, 24), (2, 16, 8, 12), (2, 24, 4, 6), (2, 32, 2, 3)]
+    assert outputs.last_hidden_state.shape == (2, 32, 2, 3)
+    assert not torch.equal(outputs.last_hidden_state, outputs.hidden_states[-1])  # only the former is normed
+    torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state.mean((-2, -1)))
+    assert "hidden_states" not in model(torch.randn(1, 3, 64, 64))
+
+
+@torch.inference_mode()
+def test_every_block_records_its_attention(tiny_model):
+    tiny_model.set_attn_implementation("eager")
+    attentions = tiny_model(torch.randn(1, 3, 64, 64), output_attentions=True).attentions
+    assert len(attentions) == 8
+    for attention in attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+@pytest.mark.parametrize("size", [(28, 64), (64, 16)])
+def test_a_too_small_image_is_refused_in_one_sentence(tiny_model, size):
+    with pytest.raises(ValueError, match="pixel_values are too small.*at least 32 pixels a side"):
+        tiny_model(torch.randn(1, 3, *size))
+
+
+def test_another_number_of_channels_is_refused_by_name(tiny_model):
+    with pytest.raises(ValueError, match="pixel_values have 4 channels.*num_channels is 3"):
+        tiny_model(torch.randn(1, 4, 64, 64))
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="num_labels=1 must be at least 2"):
+        TwinsForSemanticSegmentation(TwinsConfig(**TINY, num_labels=1))
+
+
+@pytest.mark.parametrize("reduction", ["valid", "all"])
+def test_the_loss_is_cross_entropy_at_label_size_with_the_auxiliary_part(tiny_model, reduction):
+    tiny_model.config.semantic_loss_reduction = reduction
+    pixel_values = torch.randn(2, 3, 64, 64)
+    labels = torch.randint(0, 3, (2, 64, 64))
+    labels[:, :20] = 255
+    outputs = tiny_model(pixel_values, labels=labels, output_hidden_states=True)
+
+    def cross_entropy(logits):
+        logits = F.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
+        log_probabilities = logits.log_softmax(dim=1)
+        picked = log_probabilities.gather(1, labels.clamp(max=2)[:, None])[:, 0][labels != 255]
+        return -picked.sum() / (labels.numel() if reduction == "all" else (labels != 255).sum())
+
+    auxiliary = tiny_model.auxiliary_head(outputs.hidden_states[1:])
+    torch.testing.assert_close(outputs.loss, cross_entropy(outputs.logits) + 0.4 * cross_entropy(auxiliary))
+
+
+def test_a_batch_without_labels_costs_nothing(tiny_model):
+    labels = torch.full((1, 64, 64), 255)
+    assert tiny_model(torch.randn(1, 3, 64, 64), labels=labels).loss.item() == 0.0
+
+
+def test_a_few_steps_on_one_batch_lower_the_loss(tiny_config):
+    torch.manual_seed(0)
+    model = TwinsForSemanticSegmentation(tiny_config).train()
+    pixel_values, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 8, 8))
+    labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(pixel_values, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model):
+    pixel_values, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            tiny_model.activation_checkpointing_enable()
+        tiny_model.train()
+        tiny_model.zero_grad()
+        torch.manual_seed(0)
+        tiny_model(pixel_values, labels=labels).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in tiny_model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_drop_path_rises_linearly_and_drops_whole_samples():
+    model = TwinsForSemanticSegmentation(TwinsConfig(**{**TINY, "drop_path_rate": 0.7}, num_labels=3))
+    rates = [layer.drop_path.drop_prob for stage in model.twins.stages for layer in stage.layers]
+    assert rates == pytest.approx([0.1 * block for block in range(8)])
+    drop_path = model.twins.stages[3].layers[1].drop_path.train()
+    torch.manual_seed(0)
+    kept = drop_path(torch.ones(4000, 2, 2, 1))
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.3])
+    assert kept.mean().item() == pytest.approx(1.0, abs=0.1)
+    assert torch.equal(kept.amax((1, 2, 3)), kept.amin((1, 2, 3)))
+
+
+def test_a_saved_model_loads_as_safetensors_through_the_auto_classes(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    assert type(loaded) is TwinsForSemanticSegmentation
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(pixel_values).logits, tiny_model(pixel_values).logits)
+    assert all(torch.equal(tensor, tiny_model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    encoder = AutoModel.from_pretrained(tmp_path)
+    assert type(encoder) is TwinsModel
+    assert torch.equal(encoder.stages[0].layers[0].mlp.fc1.weight, tiny_model.twins.stages[0].layers[0].mlp.fc1.weight)
+
+
+def test_an_encoder_initialises_a_segmentation_model(tiny_config, tmp_path):
+    encoder = randomize(TwinsModel(tiny_config))
+    encoder.save_pretrained(tmp_path)
+    model, report = TwinsForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert {name.split(".")[0] for name in report["missing_keys"]} == {"decode_head", "auxiliary_head"}
+    for name, parameter in model.twins.named_parameters():
+        assert torch.equal(parameter, encoder.state_dict()[name])
+
+
+def test_the_label_map_is_the_same_in_a_new_process(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 70, 90)
+    torch.save(pixel_values, tmp_path / "input.pt")
+    code = (
+        "import sys, torch, twins_hf\n"
+        "from transformers import AutoModelForSemanticSegmentation as Auto\n"
+        "folder = sys.argv[1]\n"
+        "with torch.inference_mode():\n"
+        "    logits = Auto.from_pretrained(folder)(torch.load(folder + '/input.pt')).logits\n"
+        "torch.save(logits.argmax(1), folder + '/output.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    with torch.inference_mode():
+        expected = tiny_model(pixel_values).logits.argmax(1)
+    assert torch.equal(torch.load(tmp_path / "output.pt"), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_near_float32(family):
+    model = randomize(TwinsForSemanticSegmentation(TwinsConfig(**TINY, **FAMILIES[family], num_labels=3)))
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        exact = model(pixel_values).logits
+        rounded = model.to(torch.bfloat16)(pixel_values.to(torch.bfloat16)).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()

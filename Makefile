@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-export TOKENIZERS_PARALLELISM := false
+# Waiting threads sleep, so that another program on the machine does not slow torch down tenfold.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: quickstart test lint format clean
 

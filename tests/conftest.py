@@ -68,7 +68,9 @@ def image_folder(tmp_path):
             (folder / kind / split).mkdir(parents=True)
         for index in range(count):
             height, width = 40 + 8 * index, 70 - 9 * index
-            mask = np.repeat(np.repeat(rng.integers(0, 3, (5, 5), dtype=np.uint8), 15, 0), 15, 1)[:height, :width].copy()
+            mask = np.repeat(np.repeat(rng.integers(0, 3, (5, 5), dtype=np.uint8), 15, 0), 15, 1)[
+                :height, :width
+            ].copy()
             mask[:3] = 255
             colors = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]], dtype=np.uint8)
             image = colors[np.where(mask == 255, 0, mask)] + rng.integers(0, 40, (height, width, 3), dtype=np.uint8)

@@ -72,9 +72,7 @@ def test_the_two_backends_agree():
     maps = [photo(*image.shape[:2], seed=3)[..., 0] for image in images]
     settings = {"size": {"shortest_edge": 48, "longest_edge": 192}, "do_reduce_labels": True}
     for options in ({}, {"do_center_crop": True, "crop_size": 40}, {"do_resize": False}):
-        ours, pil = (
-            backend(**settings)(images, maps, return_tensors="pt", **options) for backend in BACKENDS
-        )
+        ours, pil = (backend(**settings)(images, maps, return_tensors="pt", **options) for backend in BACKENDS)
         assert ours["pixel_values"].shape == pil["pixel_values"].shape
         one_level = 1 / 255 / STD.min() + 1e-4
         assert (ours["pixel_values"] - pil["pixel_values"]).abs().max() < one_level
@@ -210,7 +208,9 @@ def test_a_missing_file_is_named(processor_class, tmp_path):
 
 def test_auto_image_processor_finds_both_backends(tmp_path):
     TwinsConfig().save_pretrained(tmp_path)
-    TwinsImageProcessor(do_reduce_labels=True, size={"shortest_edge": 64, "longest_edge": 256}).save_pretrained(tmp_path)
+    TwinsImageProcessor(do_reduce_labels=True, size={"shortest_edge": 64, "longest_edge": 256}).save_pretrained(
+        tmp_path
+    )
     stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert stored["image_processor_type"] == "TwinsImageProcessor"
     for backend, processor_class in zip(("torchvision", "pil"), BACKENDS, strict=True):

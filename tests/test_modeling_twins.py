@@ -31,7 +31,9 @@ class PlainTwins:
 
     def conv(self, name, x, **kwargs):
         """On a map (H, W, C)."""
-        y = F.conv2d(x.permute(2, 0, 1)[None], self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), **kwargs)
+        y = F.conv2d(
+            x.permute(2, 0, 1)[None], self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), **kwargs
+        )
         return y[0].permute(1, 2, 0)
 
     @staticmethod
@@ -87,7 +89,9 @@ class PlainTwins:
         return maps
 
     def conv_bn_relu(self, name, x):
-        y = F.conv2d(x, self.weights[f"{name}.conv.weight"], padding=self.weights[f"{name}.conv.weight"].shape[-1] // 2)
+        y = F.conv2d(
+            x, self.weights[f"{name}.conv.weight"], padding=self.weights[f"{name}.conv.weight"].shape[-1] // 2
+        )
         mean, var, scale, shift = (
             self.weights[f"{name}.batch_norm.{part}"][:, None, None]
             for part in ("running_mean", "running_var", "weight", "bias")
@@ -116,7 +120,9 @@ class PlainTwins:
         return self.classify("decode_head", self.conv_bn_relu("decode_head.fpn_bottleneck", fused))
 
     def auxiliary(self, maps):
-        return self.classify("auxiliary_head", self.conv_bn_relu("auxiliary_head.conv", maps[2].permute(2, 0, 1)[None]))
+        return self.classify(
+            "auxiliary_head", self.conv_bn_relu("auxiliary_head.conv", maps[2].permute(2, 0, 1)[None])
+        )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

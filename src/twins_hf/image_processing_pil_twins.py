@@ -74,6 +74,10 @@ def open_image(path: str | os.PathLike) -> PIL.Image.Image:
         raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
 
 
+# Added before rounding down: a half goes up, as in OpenCV, also where it is computed a last bit too small.
+ROUND_HALF_UP = 0.5 + 1e-6
+
+
 def to_eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """Scales a 16-bit grey image to 0..255, which `convert("RGB")` would clip; other modes are left alone."""
     if not image.mode.startswith("I"):
@@ -114,11 +118,11 @@ def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Image (C, H, W) at `size` (height, width) in float32: bilinear, pixel centres aligned, without antialiasing."""
-    image = image.astype(np.float32)
+    """Image (C, H, W) at `size` (height, width): bilinear, pixel centres aligned, without antialiasing."""
+    image = image.astype(np.float64)
     for axis, new in zip((1, 2), size, strict=True):
         old = image.shape[axis]
-        positions = ((np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5).clip(0, old - 1)
+        positions = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
         lower = positions.astype(np.int64)
         upper = np.minimum(lower + 1, old - 1)
         weights = np.expand_dims(positions - lower, axis=(0, 3 - axis))
@@ -361,7 +365,7 @@ class TwinsImageProcessorPil(TwinsImageProcessingMixin, PilBackend):
     __doc__ = TwinsImageProcessingMixin.__doc__
 
     def resize(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return np.rint(resize_bilinear(image, size))
+        return np.floor(resize_bilinear(image, size) + ROUND_HALF_UP).astype(np.float32)
 
     def rescale_and_normalize(
         self, image, do_rescale, rescale_factor, do_normalize, image_mean, image_std

@@ -30,16 +30,16 @@ UNLABELLED, WALL, BUILDING, SKY, FLOOR, TREE, CEILING, ROAD, WINDOW, SIDEWALK, C
 GRAIN = np.array([2, 2, 3, 0.5, 3, 9, 1, 7, 1, 5, 1, 4], dtype=np.float32)  # surface noise by mask value, grey levels
 
 DEEP_PAINTS = (
-    *((88, 90, 98), (70, 90, 128), (154, 82, 70), (72, 132, 134), (104, 128, 152)),
-    *((196, 108, 82), (150, 172, 136), (208, 152, 146), (214, 166, 88)),
+    *((88, 90, 98), (104, 128, 152), (70, 90, 128), (154, 82, 70), (72, 132, 134)),
+    *((196, 108, 82), (214, 166, 88), (208, 152, 146), (150, 172, 136)),
 )
-PALE_PAINTS = ((168, 164, 158), (170, 156, 192), (164, 194, 214), (232, 212, 176), (236, 232, 224))
+PALE_PAINTS = ((236, 232, 224), (168, 164, 158), (170, 156, 192), (164, 194, 214), (232, 212, 176))
 PAINTS = DEEP_PAINTS + PALE_PAINTS
 GREENS = ((86, 128, 62), (112, 148, 74), (62, 104, 66), (142, 156, 78))
 LEAVES = (*GREENS, *GREENS, (196, 146, 60), (186, 100, 62), (214, 150, 160))
 STONES = ((198, 188, 174), (176, 174, 174), (206, 180, 158))
 ASPHALTS = ((104, 104, 110), (124, 120, 118), (84, 86, 96))
-WOODS = ((176, 130, 88), (146, 102, 68), (204, 168, 124), (116, 84, 64), (188, 178, 166), (150, 150, 150))
+WOODS = ((176, 130, 88), (146, 102, 68), (204, 168, 124), (116, 84, 64), (186, 172, 154))
 SKIES = (  # zenith, horizon, tint of the light
     ((88, 150, 214), (204, 226, 238), (1.04, 1.02, 0.98)),
     ((120, 172, 222), (236, 238, 232), (1.02, 1.02, 1.00)),
@@ -204,7 +204,7 @@ def draw_facade(scene: Scene, plane: Plane, u0: float, u1: float, top: float, co
 
 def draw_building(scene: Scene, x0: float, x1: float, z0: float, z1: float) -> None:
     """A house between two depths: its side along the street, then its front."""
-    colour, top, style = scene.pick(PAINTS, z0), 3.0 * scene.rng.integers(2, 6), int(scene.rng.integers(3))
+    colour, top, style = scene.pick(PAINTS[3:], z0), 3.0 * scene.rng.integers(2, 6), int(scene.rng.integers(3))
     if x0 > 0 or x1 < 0:
         draw_facade(scene, side_at(x0 if x0 > 0 else x1), max(z0, 2.0), z1, top, shade(colour, 0.86), style)
     if z0 > 2:
@@ -229,7 +229,7 @@ def draw_tree(scene: Scene, x: float, z: float) -> None:
 def draw_car(scene: Scene, x: float, z: float) -> None:
     """A car along the street: its outline extruded, the far strips first, then lamps and tyres, then the flank."""
     outline = CAR_OUTLINES[scene.rng.integers(len(CAR_OUTLINES))]
-    colour, glass = scene.pick((*DEEP_PAINTS, WHITE), z), mix(GLASS, scene.haze, 0.2)
+    colour, glass = scene.pick((*DEEP_PAINTS[2:], WHITE), z), mix(GLASS, scene.haze, 0.2)
     right, back = x + 1.8, front_at(z)
     lamp = ((200, 44, 40), (252, 244, 210))[scene.rng.integers(2)]
     scene.panel(ground, x - 0.2, right + 0.2, z - 0.3, z + 4.5, SHADOW)
@@ -261,7 +261,7 @@ def draw_bin(scene: Scene, x: float, z: float) -> None:
 
 def draw_street(scene: Scene) -> None:
     """A street to its far end: sky, ground, houses on both sides, then trees, cars and bins along the kerbs."""
-    rng, middle, half, walk = scene.rng, *scene.rng.uniform((-1.0, 2.6, 2.8), (1.0, 3.6, 4.8))
+    rng, middle, half, walk = scene.rng, *scene.rng.uniform((-2.0, 2.6, 3.5), (2.0, 3.4, 5.0))
     draw_sky(scene)
     draw_ground(scene, middle - half, middle + half)
     houses, things = [(50.0, -14.0, 14.0, 60.0)], []
@@ -275,9 +275,9 @@ def draw_street(scene: Scene) -> None:
             else:
                 things += [(draw_tree, front + side * rng.uniform(0, 4), z + k) for k in (2, 4, 6)]
             z += depth + rng.choice((0.0, 0.0, 2.5))
-        for z in np.arange(rng.uniform(6, 12), 36, rng.uniform(8, 13)):
+        for z in np.arange(rng.uniform(6, 12), 36, rng.uniform(9, 14)):
             things.append((draw_tree, kerb + side * 0.8, z))
-            if rng.random() < 0.6:
+            if rng.random() < 0.45:
                 things.append((draw_bin, kerb + side * rng.uniform(0.6, 1.4) - 0.4, z + 2.5))
         for z in np.arange(rng.uniform(4.5, 8), 22, rng.uniform(6.5, 11)):
             if rng.random() < 0.75:
@@ -341,7 +341,7 @@ def draw_picture(scene: Scene, plane: Plane, u: float) -> None:
 
 def draw_sofa(scene: Scene, x: float, right: float, back: float) -> None:
     """A back, seats with cushions, two arms."""
-    rng, colour, front, top = scene.rng, scene.pick(DEEP_PAINTS), back - 0.9, scene.rng.uniform(0.8, 1.0)
+    rng, colour, front, top = scene.rng, scene.pick(DEEP_PAINTS[1:]), back - 0.9, scene.rng.uniform(0.8, 1.0)
     scene.panel(ground, x - 0.15, right + 0.15, front - 0.25, back, SHADOW)
     scene.box((x, right), (0.1, top), (back - 0.3, back), colour, SOFA)
     seats = np.linspace(x + 0.22, right - 0.22, 4 if right - x > 1.9 else 3)
@@ -367,8 +367,8 @@ def draw_plant(scene: Scene, x: float, z: float) -> None:
 
 def draw_room(scene: Scene) -> None:
     """A room towards its back wall: ceiling, floor, side walls, back wall with windows and pictures, plant, sofa."""
-    rng, left, right, back, top = scene.rng, *scene.rng.uniform((-2.6, 1.6, 3.4, 2.5), (-1.6, 2.6, 4.6, 2.8))
-    colour, style = mix(scene.pick(PAINTS[4:]), WHITE, rng.uniform(0.2, 0.6)), int(rng.integers(3))
+    rng, left, right, back, top = scene.rng, *scene.rng.uniform((-2.6, 1.6, 3.6, 2.6), (-1.6, 2.6, 4.6, 2.9))
+    colour, style = mix(scene.pick((*DEEP_PAINTS[4:], *PALE_PAINTS[1:])), WHITE, rng.uniform(0.15, 0.5)), int(rng.integers(3))
     scene.panel(lambda x, z: (x, top, z), left, right, NEAR, back, mix(colour, (236, 234, 230), 0.75), CEILING)
     draw_floor(scene, left, right, back)
     for x, light in ((left, 0.84), (right, 0.9)):
@@ -383,8 +383,8 @@ def draw_room(scene: Scene) -> None:
         u += 2.6 if wide else 1.3
     if rng.random() < 0.6:
         draw_plant(scene, rng.choice((left + 0.5, right - 0.5)), back - 0.4)
-    x, width = rng.uniform((left + 0.1, 1.7), (right - 2.5, 2.4))
-    draw_sofa(scene, x, x + width, back - rng.uniform(0.05, 1.2))
+    x, width = rng.uniform((left + 0.2, 1.6), (right - 2.4, 2.2))
+    draw_sofa(scene, x, x + width, back - rng.uniform(0.05, 0.8))
     scene.light = tuple((1 + channel) / 2 for channel in scene.light)  # walls take half of the sky's tint
 
 
@@ -430,7 +430,7 @@ def draw_scene(seed: int, index: int, image_size: tuple[int, int] = (192, 256)) 
         scene = Scene(rng, size, *rng.uniform((0.42, 0.35, 0.65, 1.7), (0.56, 0.65, 0.85, 2.6)))
         draw_street(scene)
     else:
-        scene = Scene(rng, size, *rng.uniform((0.38, 0.35, 0.60, 1.3), (0.50, 0.65, 0.80, 1.6)))
+        scene = Scene(rng, size, *rng.uniform((0.37, 0.35, 0.60, 1.3), (0.48, 0.65, 0.80, 1.6)))
         draw_room(scene)
     mask = np.asarray(scene.mask)[::2, ::2].copy()
     image = photograph(scene, mask)

@@ -93,7 +93,8 @@ class TrainingArguments:
     metric: str = option(MEAN_IOU, "What evaluate.load takes: a path, or 'mean_iou' for the Hub's own.")
     num_pictures: int = option(4, "Validation images drawn beside truth and prediction.")
     dataloader_num_workers: int | None = option(
-        None, "Workers per process that decode and augment (default: 4 beside a GPU, none beside a CPU they would slow)."
+        None,
+        "Workers per process that decode and augment (default: 4 beside a GPU, none beside a CPU they would slow).",
     )
     report_to: str | None = option(None, "Tracker of accelerate: tensorboard, wandb, trackio, ...; or 'all'.")
     use_cpu: bool = option(False, "Run on the CPU even where there is a GPU.")
@@ -121,7 +122,11 @@ def parse_arguments(
             argv = options_of_file(argv[0]) + argv[1:]
         except (OSError, ValueError, yaml.YAMLError) as error:
             parser.error(f"{argv[0]}: {error}")
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    model_args, data_args, training_args, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown option: {' '.join(unknown)}")
     problem = find_problem(model_args, data_args, training_args)
     if problem:
         parser.error(problem)

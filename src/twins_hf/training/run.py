@@ -323,6 +323,7 @@ def train(prepared: Run) -> dict:
                 batch_size=args.per_device_train_batch_size,
                 num_workers=num_workers(prepared),
                 pin_memory=accelerator.device.type == "cuda",
+                generator=torch.Generator(),  # a loader's start must not move the random state that was resumed
             )
         )
     )

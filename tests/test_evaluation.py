@@ -1,0 +1,62 @@
+import math
+
+import evaluate
+import numpy as np
+import pytest
+from conftest import randomize
+
+from twins_hf import TwinsConfig, TwinsForSemanticSegmentation, TwinsImageProcessor
+from twins_hf.data import load_segmentation_data, read_example
+from twins_hf.data.loading import undecoded
+from twins_hf.evaluation import MEAN_IOU, evaluate_segmentation, per_class_table
+from twins_hf.inference import segment
+
+
+@pytest.fixture
+def processor():
+    return TwinsImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 0), (1, 1)])
+def test_a_set_scores_as_its_images_one_by_one(tiny_model, processor, image_folder, batch_size, num_workers):
+    data = load_segmentation_data(str(image_folder))
+    rows = undecoded(data.splits["train"])
+    metric = evaluate.load(MEAN_IOU)
+    for index in range(len(rows)):
+        example = read_example(rows[index], index, data.do_reduce_labels)
+        metric.add(prediction=segment(tiny_model, processor, [example.image])[0], reference=example.labels)
+    expected = metric.compute(num_labels=3, ignore_index=255)
+    found = evaluate_segmentation(tiny_model, processor, data, "train", batch_size=batch_size, num_workers=num_workers)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_the_first_images_are_drawn(tiny_model, processor, image_folder, tmp_path):
+    data = load_segmentation_data(str(image_folder))
+    (tmp_path / "overlays").mkdir()
+    evaluate_segmentation(tiny_model, processor, data, "train", picture_folder=tmp_path / "overlays", num_pictures=3)
+    assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == [f"photo_{i}.png" for i in range(3)]
+
+
+def test_a_model_in_training_is_scored_in_evaluation_and_left_in_training(tiny_model, processor, image_folder):
+    data = load_segmentation_data(str(image_folder))
+    expected = evaluate_segmentation(tiny_model, processor, data)["per_category_iou"]
+    tiny_model.train()
+    before = tiny_model.decode_head.fpn_bottleneck.batch_norm.running_mean.clone()
+    np.testing.assert_array_equal(evaluate_segmentation(tiny_model, processor, data)["per_category_iou"], expected)
+    assert tiny_model.training
+    assert (tiny_model.decode_head.fpn_bottleneck.batch_norm.running_mean == before).all()
+
+
+def test_a_model_of_another_number_of_classes_is_refused(tiny_config, processor, image_folder):
+    config = TwinsConfig(**{**tiny_config.to_diff_dict(), "id2label": dict(enumerate("abcd"))})
+    model = randomize(TwinsForSemanticSegmentation(config))
+    with pytest.raises(ValueError, match="the model has 4 classes but .*photos has 3"):
+        evaluate_segmentation(model, processor, load_segmentation_data(str(image_folder)))
+
+
+def test_the_table_lists_the_best_class_first_and_absent_ones_last():
+    results = {"per_category_iou": [0.25, math.nan, 0.5], "per_category_accuracy": [0.5, math.nan, 0.75]}
+    table = per_class_table(results, {0: "wall", 1: "sky", 2: "tree"})
+    assert table.splitlines()[2:] == ["| tree | 50.00 | 75.00 |", "| wall | 25.00 | 50.00 |", "| sky | - | - |"]

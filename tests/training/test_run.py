@@ -1,0 +1,208 @@
+"""The run itself, as users start it: `accelerate launch scripts/run_semseg.py`."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import TINY
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from twins_hf.data import SegmentationTrainTransform, load_segmentation_data
+from twins_hf.training.run import TrainingStream
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_semseg.py"
+
+
+def options(dataset_name, folder, /, **changed):
+    values = {
+        "dataset_name": dataset_name,
+        "output_dir": folder,
+        "variant": "svt-s",
+        "config_overrides": json.dumps(TINY),
+        "shortest_edge": 48,
+        "longest_edge": 192,
+        "crop_size": 48,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "learning_rate": 0.002,
+        "use_cpu": "true",
+        "num_pictures": 1,
+    }
+    values |= changed
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def launch(*words, processes=1):
+    """One thread a process, so that one and two processes round alike."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    return subprocess.run(
+        [*command, "--quiet", str(SCRIPT), *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def results_of(folder):
+    results = json.loads((folder / "all_results.json").read_text())
+    return {name: value for name, value in results.items() if "runtime" not in name and "second" not in name}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of one process, its data and its log."""
+    from conftest import image_folder
+
+    root = tmp_path_factory.mktemp("run")
+    photos = image_folder.__wrapped__(root)
+    finished = launch(*options(photos, root / "whole", save_steps=2))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return photos, root / "whole", finished.stderr
+
+
+def test_a_run_leaves_model_processor_scores_card_and_pictures(trained):
+    photos, folder, log = trained
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json", "per_class.md", "README.md"):
+        assert (folder / name).is_file()
+    results = json.loads((folder / "all_results.json").read_text())
+    assert 0 <= results["eval_mean_iou"] <= 1
+    assert {"eval_mean_accuracy", "eval_overall_accuracy", "train_loss", "eval_samples_per_second"} <= results.keys()
+    assert results["eval_per_category_iou"].keys() == {"red", "green", "blue"}
+    assert [path.name for path in (folder / "overlays").iterdir()] == ["photo_0.png"]
+    assert PIL.Image.open(folder / "overlays" / "photo_0.png").width > 3 * 70
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert card.data.eval_results[0].metric_value == results["eval_mean_iou"]
+    for text in (
+        "photos: 4 training and 2 validation images, 3 classes",
+        "4 iterations of 2 crops of 48x48",
+        "| red |",
+    ):
+        assert text in card.text
+    for text in ("Running on 1 process", "iteration 4/4: loss", "images/s", "to go", "mean IoU"):
+        assert text in log
+
+
+def test_the_saved_folder_segments_through_the_pipeline(trained):
+    photos, folder, _ = trained
+    image = PIL.Image.open(photos / "images" / "validation" / "photo_0.png")
+    found = pipeline("image-segmentation", str(folder))(image)
+    assert {entry["label"] for entry in found} <= {"red", "green", "blue"}
+    assert sum(np.asarray(entry["mask"]) > 0 for entry in found).min() == 1  # every pixel has one class
+
+
+def test_eval_only_repeats_the_score_of_the_run(trained, tmp_path):
+    photos, folder, _ = trained
+    words = options(photos, tmp_path / "scores", config_overrides=None, eval_only="true", model_name_or_path=folder)
+    finished = launch(*words)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    expected = {name: value for name, value in results_of(folder).items() if name.startswith("eval_")}
+    assert results_of(tmp_path / "scores") == expected
+
+
+def test_two_processes_score_exactly_as_one_also_on_an_uneven_set(trained, tmp_path):
+    photos, folder, _ = trained
+    shutil.copytree(photos, tmp_path / "photos")
+    for kind in ("images", "annotations"):  # three validation images
+        source = tmp_path / "photos" / kind
+        shutil.copy(source / "training" / "photo_3.png", source / "validation" / "photo_9.png")
+    shared = {"config_overrides": None, "eval_only": "true", "model_name_or_path": folder}
+    for processes in (1, 2):
+        words = options(tmp_path / "photos", tmp_path / f"scores_{processes}", **shared)
+        finished = launch(*words, processes=processes)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert f"Running on {processes} process(es)" in finished.stderr
+    assert results_of(tmp_path / "scores_2") == results_of(tmp_path / "scores_1")
+    assert results_of(tmp_path / "scores_1")["eval_samples"] == 3
+
+
+def test_two_processes_train_on_the_samples_of_one(trained, tmp_path):
+    photos, _, _ = trained
+    for processes, batch_size in ((1, 4), (2, 2)):
+        words = options(photos, tmp_path / str(processes), per_device_train_batch_size=batch_size)
+        finished = launch(*words, processes=processes)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert "4 images, 4 crops an iteration" in finished.stderr
+    one, two = (results_of(tmp_path / str(processes))["train_loss"] for processes in (1, 2))
+    assert one == pytest.approx(two, rel=0.1)  # batch norm and the mean over pixels are taken per process
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tmp_path):
+    photos, folder, _ = trained
+    resumed = tmp_path / "resumed"
+    shutil.copytree(folder / "checkpoint-2", resumed / "checkpoint-2")
+    finished = launch(*options(photos, resumed, save_steps=2, resume_from_checkpoint="latest"))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "checkpoint-2 at iteration 2" in finished.stderr
+    ours, theirs = (load_file(path / "model.safetensors") for path in (resumed, folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert results_of(resumed)["eval_mean_iou"] == results_of(folder)["eval_mean_iou"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"output_dir": "{photos}/id2label.json"}, "--output_dir .*id2label.json cannot be written to"),
+        ({"output_dir": "{folder}"}, "--output_dir .*already holds a run"),
+        ({"dataset_name": "{folder}"}, "has neither images/ nor parquet files"),
+        (
+            {"model_name_or_path": "{folder}", "id2label": "{names}"},
+            "has 3 classes but .* has 4.*ignore_mismatched_sizes",
+        ),
+        ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: .* has no checkpoint"),
+        ({"config_overrides": '{"depths": [1]}'}, r"depths=\[1\] must be four"),
+    ],
+)
+def test_what_can_be_known_before_ends_in_one_sentence(trained, tmp_path, changed, message):
+    photos, folder, _ = trained
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(dict(enumerate("abcd"))))
+    paths = {"photos": photos, "folder": folder, "names": names}
+    if "depths" not in changed.get("config_overrides", ""):
+        changed = {name: value.format(**paths) for name, value in changed.items()}
+    words = options(photos, tmp_path / "out", **changed)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run([sys.executable, str(SCRIPT), *words], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert re.search(f"error: .*{message}", finished.stderr, re.DOTALL), finished.stderr[-2000:]
+    assert "Traceback" not in finished.stderr and "Training on" not in finished.stderr
+
+
+@pytest.fixture
+def stream(image_folder):
+    data = load_segmentation_data(str(image_folder))
+    transform = SegmentationTrainTransform((32, 32), {"shortest_edge": 32, "longest_edge": 128})
+    return lambda start, stop: TrainingStream(data.splits["train"], False, transform, 0, start, stop)
+
+
+def test_a_position_of_the_stream_depends_on_nothing_but_the_seed(stream):
+    torch.manual_seed(1)
+    whole = [stream(0, 12)[position] for position in range(12)]
+    torch.manual_seed(2)
+    later = stream(5, 12)
+    for offset in reversed(range(7)):
+        for name in ("pixel_values", "labels"):
+            assert torch.equal(later[offset][name], whole[5 + offset][name])
+    assert not torch.equal(whole[0]["pixel_values"], whole[4]["pixel_values"])
+
+
+def test_an_epoch_of_the_stream_holds_every_image_once(stream):
+    orders = [stream(0, 12).draw_epoch_order(epoch).tolist() for epoch in range(6)]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_the_stream_leaves_the_global_random_state_alone(stream):
+    state = torch.get_rng_state()
+    stream(0, 4)[0]
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,11 +1,12 @@
 """A generated segmentation set, streets and rooms drawn by a seeded generator: training without a download.
 
 A scene is a small world in metres, seen by a pinhole camera and painted from far to near. Walls, facades, sofas and
-cars share one range of colours, so that shape, texture and place tell the classes apart and colour alone does not.
+cars share most of their colours, so that shape, texture and place tell the classes apart and colour alone does not.
 The classes bear names of the ADE20K benchmark, and masks follow it: 0 is unlabelled, 1 to 11 are `SCENE_CLASSES`.
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -368,7 +369,8 @@ def draw_plant(scene: Scene, x: float, z: float) -> None:
 def draw_room(scene: Scene) -> None:
     """A room towards its back wall: ceiling, floor, side walls, back wall with windows and pictures, plant, sofa."""
     rng, left, right, back, top = scene.rng, *scene.rng.uniform((-2.6, 1.6, 3.6, 2.6), (-1.6, 2.6, 4.6, 2.9))
-    colour, style = mix(scene.pick((*DEEP_PAINTS[4:], *PALE_PAINTS[1:])), WHITE, rng.uniform(0.15, 0.5)), int(rng.integers(3))
+    paint, style = scene.pick(DEEP_PAINTS[4:] + PALE_PAINTS[1:]), int(rng.integers(3))
+    colour = mix(paint, WHITE, rng.uniform(0.15, 0.5))
     scene.panel(lambda x, z: (x, top, z), left, right, NEAR, back, mix(colour, (236, 234, 230), 0.75), CEILING)
     draw_floor(scene, left, right, back)
     for x, light in ((left, 0.84), (right, 0.9)):
@@ -442,7 +444,14 @@ def generate_scenes(split: str, count: int, seed: int, image_size: tuple, code: 
     """The rows of a split: even indices for training, odd ones for validation. `code` only tells caches apart."""
     for number in range(count):
         image, label = draw_scene(seed, 2 * number + (split == "validation"), image_size)
-        yield {"image": image, "label": label, "file_name": f"scene_{split}_{number:05d}.png"}
+        yield {"image": as_png(image), "label": as_png(label), "file_name": f"scene_{split}_{number:05d}.png"}
+
+
+def as_png(picture: Image.Image) -> dict:
+    """The picture as `datasets` stores it; at the default compression, encoding would take as long as drawing."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def load_scenes(

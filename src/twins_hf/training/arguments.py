@@ -64,6 +64,7 @@ class DataArguments:
     longest_edge: int | None = option(None, "and this longer side (default: the processor's, 2048).")
     ratio_range: list[float] = option([0.5, 2.0], "Smallest and largest random scale of training images.")
     cat_max_ratio: float = option(0.75, "Largest share of one class in a training crop.")
+    photometric_distortion: bool = option(True, "Distort brightness, contrast, saturation and hue in training.")
 
 
 @dataclass

@@ -305,6 +305,7 @@ def train(prepared: Run) -> dict:
         size=dict(image_processor.size),
         ratio_range=prepared.data_args.ratio_range,
         cat_max_ratio=prepared.data_args.cat_max_ratio,
+        photometric_distortion=prepared.data_args.photometric_distortion,
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,
     )

@@ -60,3 +60,46 @@ def test_the_table_lists_the_best_class_first_and_absent_ones_last():
     results = {"per_category_iou": [0.25, math.nan, 0.5], "per_category_accuracy": [0.5, math.nan, 0.75]}
     table = per_class_table(results, {0: "wall", 1: "sky", 2: "tree"})
     assert table.splitlines()[2:] == ["| tree | 50.00 | 75.00 |", "| wall | 25.00 | 50.00 |", "| sky | - | - |"]
+
+
+PLAIN_METRIC = '''
+import datasets
+import evaluate
+import numpy as np
+
+
+class PlainMeanIoU(evaluate.Metric):
+    """Keeps all maps and counts class by class, as the Hub's does."""
+
+    def _info(self):
+        maps = datasets.Sequence(datasets.Sequence(datasets.Value("uint16")))
+        features = datasets.Features({"predictions": maps, "references": maps})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references, num_labels, ignore_index):
+        pairs = [(np.array(p), np.array(r)) for p, r in zip(predictions, references)]
+        pairs = [(p[r != ignore_index], r[r != ignore_index]) for p, r in pairs]
+        hits, labels, union = (np.zeros(num_labels) for _ in range(3))
+        for prediction, reference in pairs:
+            for k in range(num_labels):
+                hits[k] += ((prediction == k) & (reference == k)).sum()
+                labels[k] += (reference == k).sum()
+                union[k] += ((prediction == k) | (reference == k)).sum()
+        return {
+            "mean_iou": np.nanmean(hits / union),
+            "mean_accuracy": np.nanmean(hits / labels),
+            "overall_accuracy": hits.sum() / labels.sum(),
+            "per_category_iou": hits / union,
+            "per_category_accuracy": hits / labels,
+        }
+'''
+
+
+def test_a_metric_that_keeps_all_maps_serves_as_well(tiny_model, processor, image_folder, tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "plain.py").write_text(PLAIN_METRIC)
+    data = load_segmentation_data(str(image_folder))
+    expected = evaluate_segmentation(tiny_model, processor, data, "train")
+    found = evaluate_segmentation(tiny_model, processor, data, "train", metric=str(tmp_path / "plain"))
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)

@@ -1,6 +1,7 @@
 """The run itself, as users start it: `accelerate launch scripts/run_semseg.py`."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import TINY
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import pipeline
@@ -42,9 +44,9 @@ def options(dataset_name, folder, /, **changed):
     return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def launch(*words, processes=1):
+def launch(*words, processes=1, **environment):
     """One thread a process, so that one and two processes round alike."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
     command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
@@ -137,6 +139,19 @@ def test_two_processes_train_on_the_samples_of_one(trained, tmp_path):
     assert one == pytest.approx(two, rel=0.1)  # batch norm and the mean over pixels are taken per process
 
 
+def test_accumulated_forward_passes_in_bfloat16_make_an_iteration(trained, tmp_path):
+    photos, _, _ = trained
+    changed = {"gradient_accumulation_steps": 2, "mixed_precision": "bf16", "save_steps": 1, "save_total_limit": 2}
+    finished = launch(*options(photos, tmp_path / "run", **changed))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "4 images, 4 crops an iteration" in finished.stderr
+    checkpoints = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
+    assert checkpoints == ["checkpoint-3", "checkpoint-4"]
+    assert math.isfinite(results_of(tmp_path / "run")["train_loss"])
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {weight.dtype for name, weight in weights.items() if name.endswith("weight")} == {torch.float32}
+
+
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tmp_path):
     photos, folder, _ = trained
     resumed = tmp_path / "resumed"
@@ -149,6 +164,31 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tm
     assert results_of(resumed)["eval_mean_iou"] == results_of(folder)["eval_mean_iou"]
 
 
+def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
+    photos, _, _ = trained
+    code = (
+        "import sys, twins_hf\n"
+        "from transformers import AutoModelForSemanticSegmentation, AutoImageProcessor\n"
+        "model = AutoModelForSemanticSegmentation.from_pretrained('tester/shapes')\n"
+        "AutoImageProcessor.from_pretrained('tester/shapes')\n"
+        "model.save_pretrained(sys.argv[1])\n"
+    )
+    with HubServer() as hub:
+        network = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        words = options(photos, tmp_path / "run", push_to_hub="true", hub_model_id="tester/shapes", save_steps=2)
+        finished = launch(*words, **network)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        files = hub.repositories["tester/shapes"]
+        expected = {"model.safetensors", "config.json", "preprocessor_config.json", "all_results.json", "README.md"}
+        assert files.keys() == expected | {"per_class.md", "overlays/photo_0.png"}
+        environment = {**os.environ, **network, "HF_HOME": str(tmp_path / "cache")}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "loaded")], env=environment, check=True)
+        refused = launch(*words, "--overwrite_output_dir", "true", **{**network, "HF_TOKEN": "hf_wrong"})
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "loaded"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert refused.returncode == 1 and "Training on" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -159,6 +199,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tm
             {"model_name_or_path": "{folder}", "id2label": "{names}"},
             "has 3 classes but .* has 4.*ignore_mismatched_sizes",
         ),
+        ({"report_to": "tensorboard"}, "--report_to tensorboard: that tracker is not installed"),
         ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: .* has no checkpoint"),
         ({"config_overrides": '{"depths": [1]}'}, r"depths=\[1\] must be four"),
     ],

@@ -117,6 +117,8 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
+    if args.report_to is not None and not accelerator.log_with:  # accelerate leaves out what is not installed
+        raise ValueError(f"--report_to {args.report_to}: that tracker is not installed.")
     logger.info(f"Running on {accelerator.num_processes} process(es), {accelerator.device}, {args.mixed_precision=}")
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():
@@ -238,8 +240,10 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
 def create_hub_repository(args: TrainingArguments, output_dir: Path) -> str | None:
     if not args.push_to_hub:
         return None
+    api = HfApi()
+    api.whoami()  # a token that is not valid is refused here; create_repo lets it pass where the repository exists
     name = args.hub_model_id or output_dir.resolve().name
-    return HfApi().create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    return api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
 
 
 def run(prepared: Run) -> dict:

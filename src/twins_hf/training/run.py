@@ -303,6 +303,10 @@ def train(prepared: Run) -> dict:
         accelerator.load_state(str(prepared.checkpoint))
         logger.info(f"Resumed from {prepared.checkpoint} at iteration {progress.step}")
 
+    elif accelerator.is_main_process:
+        for stale in checkpoint_folders(output_dir):  # of a run that --overwrite_output_dir replaces
+            shutil.rmtree(stale)
+
     image_processor = prepared.image_processor
     transform = SegmentationTrainTransform(
         crop_size=(image_processor.crop_size.height, image_processor.crop_size.width),

@@ -6,9 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, TINY, randomize
-from transformers import AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoBackbone, AutoModel, AutoModelForSemanticSegmentation
 
-from twins_hf import TwinsConfig, TwinsForSemanticSegmentation, TwinsModel
+from twins_hf import (
+    TwinsBackbone,
+    TwinsConfig,
+    TwinsForImageClassification,
+    TwinsForSemanticSegmentation,
+    TwinsModel,
+)
 
 SIZES = [(32, 32), (64, 96), (61, 130), (224, 224)]
 
@@ -16,7 +22,7 @@ SIZES = [(32, 32), (64, 96), (61, 130), (224, 224)]
 class PlainTwins:
     """
     The paper's equations, one at a time and slowly, on the weights of a model: loops over windows and heads, attention
-    by its definition, and the map cut to its real positions in place of any mask.
+    by its definition, and the window cut to the positions that may be attended to in place of any mask.
     """
 
     def __init__(self, model: TwinsForSemanticSegmentation):
@@ -55,17 +61,27 @@ class PlainTwins:
 
     def lsa(self, name, x, stage):
         side, num_heads = self.config.window_sizes[stage], self.config.num_attention_heads[stage]
-        out = torch.empty_like(x)
-        for top in range(0, x.shape[0], side):
-            for left in range(0, x.shape[1], side):
-                window = x[top : top + side, left : left + side]  # smaller at the edge: padding is never attended to
+        (height, width), out = x.shape[:2], torch.empty_like(x)
+        bottom, right = -height % side, -width % side
+        # Padded tokens are zeros, and so carry the qkv bias, where they are attended to at all.
+        if self.config.window_padding == "unmasked" or (
+            self.config.window_padding == "mmseg" and not (bottom and right)
+        ):
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                window = x[top : top + side, left : left + side]
                 q, k, v = self.linear(f"{name}.qkv_proj", window.flatten(0, 1)).chunk(3, dim=-1)
-                context = self.linear(f"{name}.o_proj", self.attention(q, k, v, num_heads))
-                out[top : top + side, left : left + side] = context.view(window.shape)
+                context = self.linear(f"{name}.o_proj", self.attention(q, k, v, num_heads)).view(window.shape)
+                real = out[top : top + side, left : left + side]
+                real.copy_(context[: real.shape[0], : real.shape[1]])
         return out
 
     def patches(self, name, x, size):
-        x = F.pad(x, (0, 0, 0, -x.shape[1] % size, 0, -x.shape[0] % size))
+        if self.config.patch_padding:
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % size, 0, -x.shape[0] % size))
+        else:
+            x = x[: x.shape[0] // size * size, : x.shape[1] // size * size]
         return self.norm(f"{name}.layernorm", self.conv(f"{name}.projection", x, stride=size), 1e-5)
 
     def encoder(self, image):
@@ -119,6 +135,27 @@ class PlainTwins:
         fused = torch.cat([resize(level, c1) for level in (*levels, p4)], 1)
         return self.classify("decode_head", self.conv_bn_relu("decode_head.fpn_bottleneck", fused))
 
+    def semantic_fpn(self, maps):
+        def conv(name, x):
+            weight = self.weights[f"decode_head.{name}.weight"]
+            return F.conv2d(x, weight, self.weights[f"decode_head.{name}.bias"], padding=weight.shape[-1] // 2)
+
+        def resize(x, size, **kwargs):
+            return F.interpolate(x, size=size, **kwargs)
+
+        levels = [conv(f"lateral_convs.{i}", x.permute(2, 0, 1)[None]) for i, x in enumerate(maps)]
+        for i in (2, 1, 0):
+            levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[-2:], mode="nearest")
+        total = 0
+        for i, level in enumerate(levels):
+            x = conv(f"fpn_convs.{i}", level)
+            for step in range(max(1, i)):
+                x = self.conv_bn_relu(f"decode_head.scale_heads.{i}.{step}", x)
+                if i:
+                    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            total = total + resize(x, levels[0].shape[-2:], mode="bilinear", align_corners=False)
+        return self.classify("decode_head", total)
+
     def auxiliary(self, maps):
         return self.classify(
             "auxiliary_head", self.conv_bn_relu("auxiliary_head.conv", maps[2].permute(2, 0, 1)[None])
@@ -139,6 +176,37 @@ def test_the_model_equals_the_papers_equations(tiny_model, size, attention):
     torch.testing.assert_close(outputs.logits, plain.upernet(maps), rtol=1e-4, atol=2e-5)
     auxiliary = tiny_model.auxiliary_head(outputs.hidden_states[1:])
     torch.testing.assert_close(auxiliary, plain.auxiliary(maps), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.inference_mode()
+def test_the_semantic_fpn_equals_its_equations(tiny_config, size):
+    config = TwinsConfig(**{**tiny_config.to_diff_dict(), "decoder_type": "fpn", "use_auxiliary_head": False})
+    model = randomize(TwinsForSemanticSegmentation(config))
+    pixel_values = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    plain = PlainTwins(model)
+    expected = plain.semantic_fpn(plain.encoder(pixel_values[0]))
+    torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("patch_padding", [True, False])
+@pytest.mark.parametrize("window_padding", ["masked", "mmseg", "unmasked"])
+@torch.inference_mode()
+def test_each_references_padding_is_told_apart_from_the_others(window_padding, patch_padding):
+    """Stage 1 is padded on one side only by the first size, on both by the second."""
+    settings = {"window_padding": window_padding, "patch_padding": patch_padding}
+    config = TwinsConfig(**TINY, **FAMILIES["svt"], **settings, num_labels=3)
+    model = randomize(TwinsForSemanticSegmentation(config))
+    for size in ((56, 66), (66, 73)):
+        pixel_values = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+        stages = model(pixel_values, output_hidden_states=True).hidden_states[1:]
+        for ours, theirs in zip(stages, PlainTwins(model).encoder(pixel_values[0]), strict=True):
+            torch.testing.assert_close(ours[0].permute(1, 2, 0), theirs, rtol=1e-4, atol=2e-5)
+        if window_padding != "masked" and (window_padding == "unmasked" or size == (56, 66)):
+            model.config.window_padding = "masked"
+            other = PlainTwins(model).encoder(pixel_values[0])[0]
+            model.config.window_padding = window_padding
+            assert (stages[0][0].permute(1, 2, 0) - other).abs().max() > 1e-3
 
 
 @torch.inference_mode()
@@ -167,21 +235,27 @@ def test_real_positions_attend_to_no_padding_whichever_side_has_it(size):
 
 
 @pytest.mark.parametrize(
-    ("variant", "with_head", "auxiliary"),
+    ("variant", "classifier", "upernet", "auxiliary", "fpn"),
     [
-        ("pcpvt-s", 54_080_044, 776_342),
-        ("pcpvt-b", 73_802_284, 776_342),
-        ("pcpvt-l", 90_963_500, 776_342),
-        ("svt-s", 53_856_300, 628_886),
-        ("svt-b", 87_724_460, 923_798),
-        ("svt-l", 132_782_892, 1_218_710),
+        ("pcpvt-s", 24_106_216, 54_080_044, 776_342, 27_858_838),
+        ("pcpvt-b", 43_828_456, 73_802_284, 776_342, 47_581_078),
+        ("pcpvt-l", 60_989_672, 90_963_500, 776_342, 64_742_294),
+        ("svt-s", 24_060_776, 53_856_300, 628_886, 27_798_934),
+        ("svt-b", 56_070_952, 87_724_460, 923_798, 59_676_438),
+        ("svt-l", 99_271_400, 132_782_892, 1_218_710, 102_744_214),
     ],
 )
-def test_parameters_are_as_many_as_in_the_published_models(variant, with_head, auxiliary):
+def test_parameters_are_as_many_as_in_the_published_models(variant, classifier, upernet, auxiliary, fpn):
+    def count(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
     with torch.device("meta"):
-        model = TwinsForSemanticSegmentation(TwinsConfig.from_variant(variant, num_labels=150))
-    assert sum(p.numel() for p in model.parameters()) == with_head
-    assert sum(p.numel() for p in model.auxiliary_head.parameters()) == auxiliary
+        segmenter = TwinsForSemanticSegmentation(TwinsConfig.from_variant(variant, num_labels=150))
+        assert (count(segmenter), count(segmenter.auxiliary_head)) == (upernet, auxiliary)
+        config = TwinsConfig.from_variant(variant, num_labels=150, decoder_type="fpn")
+        assert count(TwinsForSemanticSegmentation(config)) == fpn
+        config = TwinsConfig.from_variant(variant, num_labels=1000, norm_after_stage=False)
+        assert count(TwinsForImageClassification(config)) == classifier
 
 
 @torch.inference_mode()
@@ -203,6 +277,28 @@ def test_every_block_records_its_attention(tiny_model):
     assert len(attentions) == 8
     for attention in attentions:
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+def test_a_classifier_reads_the_mean_of_the_normed_last_map(tiny_config):
+    model = randomize(TwinsForImageClassification(tiny_config))
+    pixel_values, labels = torch.randn(2, 3, 64, 64), torch.tensor([2, 0])
+    outputs = model(pixel_values, labels=labels, output_hidden_states=True)
+    last = outputs.hidden_states[-1].permute(0, 2, 3, 1)
+    norm = model.twins.layernorm
+    pooled = F.layer_norm(last, last.shape[-1:], norm.weight, norm.bias, 1e-6).mean((1, 2))
+    expected = F.linear(pooled, model.classifier.weight, model.classifier.bias)
+    torch.testing.assert_close(outputs.logits, expected)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(expected, labels))
+
+
+@torch.inference_mode()
+def test_a_backbone_gives_the_raw_maps_of_the_stages_asked_for(tiny_config):
+    tiny_config.out_features = ["stem", "stage2", "stage4"]
+    backbone = randomize(AutoBackbone.from_config(tiny_config))
+    assert type(backbone) is TwinsBackbone and backbone.channels == [8, 16, 32]
+    outputs = backbone(torch.randn(1, 3, 64, 64), output_hidden_states=True)
+    for feature_map, stage in zip(outputs.feature_maps, (0, 2, 4), strict=True):
+        assert torch.equal(feature_map, outputs.hidden_states[stage])
 
 
 @pytest.mark.parametrize("size", [(28, 64), (64, 16)])

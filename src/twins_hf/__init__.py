@@ -4,12 +4,25 @@ Importing the package registers its classes, so that `AutoConfig`, `AutoModel`, 
 `AutoImageProcessor` and `pipeline("image-segmentation")` know `model_type` "twins".
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 from transformers.utils import is_torchvision_available
 
 from .configuration_twins import TwinsConfig
 from .image_processing_pil_twins import TwinsImageProcessorPil
-from .modeling_twins import TwinsForSemanticSegmentation, TwinsModel, TwinsPreTrainedModel
+from .modeling_twins import (
+    TwinsBackbone,
+    TwinsForImageClassification,
+    TwinsForSemanticSegmentation,
+    TwinsModel,
+    TwinsPreTrainedModel,
+)
 
 image_processor_classes = {"pil": TwinsImageProcessorPil}
 if is_torchvision_available():
@@ -19,11 +32,15 @@ if is_torchvision_available():
 
 AutoConfig.register(TwinsConfig.model_type, TwinsConfig)
 AutoModel.register(TwinsConfig, TwinsModel)
+AutoBackbone.register(TwinsConfig, TwinsBackbone)
+AutoModelForImageClassification.register(TwinsConfig, TwinsForImageClassification)
 AutoModelForSemanticSegmentation.register(TwinsConfig, TwinsForSemanticSegmentation)
 AutoImageProcessor.register(TwinsConfig, image_processor_classes=image_processor_classes)
 
 __all__ = [
+    "TwinsBackbone",
     "TwinsConfig",
+    "TwinsForImageClassification",
     "TwinsForSemanticSegmentation",
     "TwinsImageProcessorPil",
     "TwinsModel",

@@ -57,8 +57,9 @@ class TwinsConfig(BackboneConfigMixin, PreTrainedConfig):
             each side of the map that keys and values are taken from.
         window_sizes (`list[int]`, *optional*): `None` is PCPVT, every block GSA. Four window sizes make SVT, whose
             even blocks attend within windows of that side (locally-grouped attention, LSA).
-        window_padding (`"masked"`, defaults to `"masked"`): How LSA treats the padding of a map that is no multiple
-            of the window: `"masked"` never attends to it.
+        window_padding (`"masked"`, `"mmseg"`, `"unmasked"`, defaults to `"masked"`): How LSA treats the padding of a
+            map that is no multiple of the window. `"masked"` never attends to it; `"mmseg"` attends to it unless both
+            sides are padded (as MMSegmentation, and the authors to segment); `"unmasked"` always does (as timm).
         norm_after_stage (`bool`, defaults to `False`): LayerNorm on every stage's output (SVT's segmentors).
         qkv_bias (`bool`, defaults to `True`): Bias of the query, key and value projections.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs.
@@ -68,10 +69,12 @@ class TwinsConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): Standard deviation of the linear layers' first weights.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the blocks', stages' and the final LayerNorm; the norms
             of patch embeddings and of reduced keys always have 1e-5.
-        decoder_type (`"upernet"`, defaults to `"upernet"`): Decode head of [`TwinsForSemanticSegmentation`].
-        decoder_hidden_size (`int`, defaults to 512): Width of the decode head.
+        decoder_type (`"upernet"` or `"fpn"`, defaults to `"upernet"`): Decode head of
+            [`TwinsForSemanticSegmentation`]: UPerNet or Semantic FPN.
+        decoder_hidden_size (`int`, *optional*): Width of the decode head; 512 for UPerNet and 256 for Semantic FPN
+            (whose layers after the feature pyramid have half of it) if unset.
         pool_scales (`list[int]`, defaults to `[1, 2, 3, 6]`): Bins a side of UPerNet's pyramid pooling.
-        use_auxiliary_head (`bool`, defaults to `True`): Train with an FCN head on stage 3.
+        use_auxiliary_head (`bool`, *optional*): Train with an FCN head on stage 3; for UPerNet only if unset.
         auxiliary_loss_weight (`float`, defaults to 0.4): Weight of that head's loss.
         auxiliary_channels (`int`, defaults to 256): Its width.
         classifier_dropout_prob (`float`, defaults to 0.1): Dropout of whole channels before the classifier convs.
@@ -104,7 +107,7 @@ class TwinsConfig(BackboneConfigMixin, PreTrainedConfig):
     mlp_ratios: list[int] | tuple[int, ...] = (8, 8, 4, 4)
     sr_ratios: list[int] | tuple[int, ...] = (8, 4, 2, 1)
     window_sizes: list[int] | tuple[int, ...] | None = None
-    window_padding: Literal["masked"] = "masked"
+    window_padding: Literal["masked", "mmseg", "unmasked"] = "masked"
     norm_after_stage: bool = False
     qkv_bias: bool = True
     hidden_act: str = "gelu"
@@ -113,10 +116,10 @@ class TwinsConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float | int = 0.2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
-    decoder_type: Literal["upernet"] = "upernet"
-    decoder_hidden_size: int = 512
+    decoder_type: Literal["upernet", "fpn"] = "upernet"
+    decoder_hidden_size: int | None = None
     pool_scales: list[int] | tuple[int, ...] = (1, 2, 3, 6)
-    use_auxiliary_head: bool = True
+    use_auxiliary_head: bool | None = None
     auxiliary_loss_weight: float | int = 0.4
     auxiliary_channels: int = 256
     classifier_dropout_prob: float | int = 0.1
@@ -126,6 +129,10 @@ class TwinsConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        if self.decoder_hidden_size is None:
+            self.decoder_hidden_size = 512 if self.decoder_type == "upernet" else 256
+        if self.use_auxiliary_head is None:
+            self.use_auxiliary_head = self.decoder_type == "upernet"
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, len(self.hidden_sizes) + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)

@@ -1,7 +1,7 @@
 # Copyright 2026 The twins_hf contributors. Licensed under the Apache License, Version 2.0.
 """
 Twins-PCPVT and Twins-SVT ("Twins: Revisiting the Design of Spatial Attention in Vision Transformers", arXiv
-2104.13840), with the UPerNet decode head the paper segments with.
+2104.13840), with the UPerNet and Semantic FPN decode heads the paper segments with.
 
 Inside a stage, hidden states are (batch, height, width, channels); between stages, and wherever they leave the model,
 (batch, channels, height, width).
@@ -14,9 +14,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, SemanticSegmenterOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -153,12 +158,13 @@ class TwinsGlobalSubsampledAttention(TwinsAttention):
 class TwinsLocallyGroupedAttention(TwinsAttention):
     """
     LSA (section 3.2 of the paper): attention within windows. A map that is no multiple of the window is padded at the
-    right and bottom, and the padding is masked.
+    right and bottom; `config.window_padding` says when the padding is masked.
     """
 
     def __init__(self, config: TwinsConfig, stage_idx: int):
         super().__init__(config, stage_idx)
         self.window_size = config.window_sizes[stage_idx]
+        self.window_padding = config.window_padding
         self.qkv_proj = nn.Linear(self.hidden_size, 3 * self.hidden_size, bias=config.qkv_bias)
 
     def partition(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -177,10 +183,15 @@ class TwinsLocallyGroupedAttention(TwinsAttention):
         padded_height, padded_width = height + pad_bottom, width + pad_right
 
         attention_mask = None
-        if pad_bottom or pad_right:
+        is_padded = bool(pad_bottom or pad_right)
+        is_masked = is_padded and self.window_padding != "unmasked"
+        if self.window_padding == "mmseg" and not (pad_bottom and pad_right):
+            is_masked = False
+        if is_masked:
             is_real = hidden_states.new_ones((1, height, width, 1), dtype=torch.bool)
             is_real = self.partition(nn.functional.pad(is_real, (0, 0, 0, pad_right, 0, pad_bottom)))
             attention_mask = is_real.view(-1, 1, 1, side * side).repeat(batch_size, 1, 1, 1)
+        if is_padded:
             hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, pad_right, 0, pad_bottom))
 
         qkv = self.qkv_proj(self.partition(hidden_states))
@@ -368,6 +379,77 @@ class TwinsModel(TwinsPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=feature_map, pooler_output=feature_map.mean(dim=(-2, -1)))
 
 
+class TwinsBackbone(BackboneMixin, TwinsPreTrainedModel):
+    """
+    The encoder as a backbone: the maps of `config.out_features`, raw as the stages give them (normed where
+    `config.norm_after_stage`), for UperNet, MaskFormer, Mask2Former and others of transformers.
+    """
+
+    def __init__(self, config: TwinsConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.twins = TwinsModel(config, add_final_norm=False)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised images of at
+                least 32 pixels a side.
+
+        Returns:
+            [`BackboneOutput`]: `feature_maps`, one (batch_size, channels, height / stride, width / stride) for each of
+            `config.out_features`; `hidden_states` and `attentions` where asked for.
+        """
+        outputs = self.twins(pixel_values, **kwargs)
+        named = zip(self.stage_names, outputs.hidden_states, strict=True)
+        return BackboneOutput(
+            feature_maps=tuple(state for name, state in named if name in self.out_features),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TwinsForImageClassification(TwinsPreTrainedModel):
+    """Twins with a linear classifier on the mean of the normed last map, as trained on ImageNet."""
+
+    def __init__(self, config: TwinsConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.twins = TwinsModel(config)
+        self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised images of at
+                least 32 pixels a side.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Class ids in
+                `[0, config.num_labels - 1]`; values to regress where `config.num_labels` is 1.
+
+        Returns:
+            [`ImageClassifierOutput`]: `logits` (batch_size, num_labels), with `labels` the `loss`, and `hidden_states`
+            and `attentions` where asked for.
+        """
+        outputs = self.twins(pixel_values, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bilinear resizing of (B, C, H, W) to `size` (height, width), corners not aligned."""
     return nn.functional.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
@@ -434,6 +516,49 @@ class TwinsUperNetHead(nn.Module):
         return self.classifier(self.dropout(fused))
 
 
+class TwinsSemanticFPNHead(nn.Module):
+    """
+    Semantic FPN (arXiv 1901.02446): a feature pyramid without norms, each level brought to stage 1's size by
+    convolutions and twofold upsampling, and the sum of all.
+    """
+
+    def __init__(self, config: TwinsConfig):
+        super().__init__()
+        pyramid_width, width = config.decoder_hidden_size, config.decoder_hidden_size // 2
+        self.lateral_convs = nn.ModuleList(
+            nn.Conv2d(channels, pyramid_width, kernel_size=1) for channels in config.hidden_sizes
+        )
+        self.fpn_convs = nn.ModuleList(
+            nn.Conv2d(pyramid_width, pyramid_width, kernel_size=3, padding=1) for _ in config.hidden_sizes
+        )
+        self.scale_heads = nn.ModuleList(
+            nn.ModuleList(
+                TwinsConvModule(pyramid_width if index == 0 else width, width, kernel_size=3)
+                for index in range(max(1, level))
+            )
+            for level in range(len(config.hidden_sizes))
+        )
+        self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
+        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)
+
+    def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Maps of the four stages -> logits (B, num_labels, H/4, W/4)."""
+        laterals = [conv(level) for conv, level in zip(self.lateral_convs, feature_maps, strict=True)]
+        for level in reversed(range(len(laterals) - 1)):
+            size = laterals[level].shape[-2:]
+            laterals[level] = laterals[level] + nn.functional.interpolate(laterals[level + 1], size=size)  # nearest
+
+        fused = None
+        for level, (conv, lateral) in enumerate(zip(self.fpn_convs, laterals, strict=True)):
+            scaled = conv(lateral)
+            for conv_module in self.scale_heads[level]:
+                scaled = conv_module(scaled)
+                if level > 0:
+                    scaled = resize(scaled, (2 * scaled.shape[-2], 2 * scaled.shape[-1]))
+            fused = scaled if fused is None else fused + resize(scaled, fused.shape[-2:])
+        return self.classifier(self.dropout(fused))
+
+
 class TwinsAuxiliaryHead(nn.Module):
     """FCN head on stage 3: one 3x3 convolution and the classifier, trained along, unused at inference."""
 
@@ -445,6 +570,9 @@ class TwinsAuxiliaryHead(nn.Module):
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return self.classifier(self.dropout(self.conv(feature_maps[2])))
+
+
+DECODE_HEADS = {"upernet": TwinsUperNetHead, "fpn": TwinsSemanticFPNHead}
 
 
 class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
@@ -460,14 +588,14 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
         if config.num_labels < 2:
             raise ValueError(f"num_labels={config.num_labels} must be at least 2: a background counts as a class.")
         self.twins = TwinsModel(config, add_final_norm=False)
-        self.decode_head = TwinsUperNetHead(config)
+        self.decode_head = DECODE_HEADS[config.decoder_type](config)
         self.auxiliary_head = TwinsAuxiliaryHead(config) if config.use_auxiliary_head else None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, (TwinsUperNetHead, TwinsAuxiliaryHead)):
+        if isinstance(module, (*DECODE_HEADS.values(), TwinsAuxiliaryHead)):
             initialization.normal_(module.classifier.weight, std=0.01)
 
     @can_return_tuple
@@ -519,4 +647,10 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
         return total / (labels != ignore_index).sum().clamp(min=1)
 
 
-__all__ = ["TwinsForSemanticSegmentation", "TwinsModel", "TwinsPreTrainedModel"]
+__all__ = [
+    "TwinsBackbone",
+    "TwinsForImageClassification",
+    "TwinsForSemanticSegmentation",
+    "TwinsModel",
+    "TwinsPreTrainedModel",
+]

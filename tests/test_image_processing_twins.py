@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -217,6 +219,22 @@ def test_auto_image_processor_finds_both_backends(tmp_path):
         loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
         assert type(loaded) is processor_class
         assert loaded.do_reduce_labels and loaded.size.shortest_edge == 64
+
+
+def test_without_torchvision_the_pil_backend_serves(tmp_path):
+    TwinsConfig().save_pretrained(tmp_path)
+    TwinsImageProcessor(size={"shortest_edge": 48, "longest_edge": 192}).save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "import numpy as np, twins_hf\n"
+        "from transformers import AutoImageProcessor\n"
+        "processor = AutoImageProcessor.from_pretrained(sys.argv[1])\n"
+        "assert type(processor) is twins_hf.TwinsImageProcessorPil, type(processor)\n"
+        "assert not hasattr(twins_hf, 'TwinsImageProcessor')\n"
+        "print(processor(np.zeros((60, 80, 3), np.uint8), return_tensors='pt')['pixel_values'].shape)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert "[1, 3, 48, 64]" in finished.stdout, finished.stderr[-2000:]
 
 
 def test_label_maps_go_through_the_input_size_and_lose_the_padding(processor_class):

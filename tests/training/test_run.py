@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -241,6 +242,11 @@ def test_an_epoch_of_the_stream_holds_every_image_once(stream):
     orders = [stream(0, 12).draw_epoch_order(epoch).tolist() for epoch in range(6)]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
     assert len({tuple(order) for order in orders}) > 1
+
+
+def test_the_stream_travels_to_workers_that_are_started_anew(stream):
+    here, there = stream(0, 4), pickle.loads(pickle.dumps(stream(0, 4)))
+    assert torch.equal(here[1]["pixel_values"], there[1]["pixel_values"])
 
 
 def test_the_stream_leaves_the_global_random_state_alone(stream):

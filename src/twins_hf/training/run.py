@@ -1,7 +1,6 @@
 """A fine-tuning run from its arguments to the saved model, driven by accelerate."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -53,7 +52,6 @@ class TrainingStream(torch.utils.data.Dataset):
         self.seed = seed
         self.start = start
         self.stop = stop
-        self.epoch_order = functools.lru_cache(maxsize=2)(self.draw_epoch_order)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -64,7 +62,7 @@ class TrainingStream(torch.utils.data.Dataset):
     def __getitem__(self, offset: int) -> dict[str, torch.Tensor]:
         position = self.start + offset
         epoch, rank = divmod(position, len(self.rows))
-        index = int(self.epoch_order(epoch)[rank])
+        index = int(self.draw_epoch_order(epoch)[rank])
         example = read_example(self.rows[index], index, self.do_reduce_labels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, position]).generate_state(1)[0]))
@@ -125,7 +123,7 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
         check_output_dir(output_dir, args)
     set_seed(args.seed)
 
-    with accelerator.main_process_first():  # one process fills the datasets cache, the others read it
+    with accelerator.local_main_process_first():  # one process of a machine fills the datasets cache
         data = load_segmentation_data(
             data_args.dataset_name,
             data_args.dataset_config_name,
@@ -141,10 +139,7 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
         for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
             if limit is not None:
                 data.splits[split] = data.splits[split].select(range(min(limit, len(data.splits[split]))))
-            if split == "validation" or not args.eval_only:
-                check_examples(data, split, data_args.preprocessing_num_workers)
-
-    return Run(
+    prepared = Run(
         model_args,
         data_args,
         args,
@@ -156,6 +151,10 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
         checkpoint=find_checkpoint(output_dir, args.resume_from_checkpoint),
         hub_model_id=create_hub_repository(args, output_dir) if accelerator.is_main_process else None,
     )
+    with accelerator.local_main_process_first():  # last, since it reads every file
+        for split in ["validation"] if args.eval_only else data.splits:
+            check_examples(data, split, data_args.preprocessing_num_workers)
+    return prepared
 
 
 def check_output_dir(output_dir: Path, args: TrainingArguments) -> None:

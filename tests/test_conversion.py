@@ -56,7 +56,8 @@ def test_there_and_back_gives_the_same_tensors(source, family, kind):
     ("source", "family", "kind", "names"),
     [
         ("official", "pcpvt", "classifier", "patch_embeds.0.proj.weight blocks.1.0.attn.kv.bias "
-         "blocks.2.1.attn.sr.weight blocks.0.0.attn.norm.bias blocks.3.1.mlp.fc2.bias pos_block.3.proj.0.weight norm.weight head.bias"),
+         "blocks.2.1.attn.sr.weight "
+         "blocks.0.0.attn.norm.bias blocks.3.1.mlp.fc2.bias pos_block.3.proj.0.weight norm.weight head.bias"),
         ("official", "svt", "upernet", "backbone.blocks.0.0.attn.qkv.weight backbone.norm_list.3.bias "
          "decode_head.psp_modules.3.1.bn.running_var decode_head.conv_seg.weight auxiliary_head.convs.0.conv.weight"),
         ("mmseg", "pcpvt", "encoder", "patch_embeds.1.projection.bias layers.0.1.attn.attn.in_proj_weight norm.bias "

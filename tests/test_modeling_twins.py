@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import FAMILIES, TINY, randomize
 from transformers import AutoBackbone, AutoModel, AutoModelForSemanticSegmentation
 
@@ -434,3 +435,53 @@ def test_bfloat16_stays_near_float32(family):
         rounded = model.to(torch.bfloat16)(pixel_values.to(torch.bfloat16)).logits
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("framework", ["upernet", "maskformer", "mask2former", "detr"])
+@torch.inference_mode()
+def test_transformers_frameworks_take_the_backbone(framework):
+    stages = ["stage4"] if framework == "detr" else ["stage1", "stage2", "stage3", "stage4"]
+    backbone_config = TwinsConfig(**TINY, **FAMILIES["svt"], out_features=stages)
+    detr = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    detr |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 4}
+    pixel_values = torch.randn(1, 3, 96, 128)
+    if framework == "upernet":
+        config = transformers.UperNetConfig(
+            backbone_config=backbone_config,
+            hidden_size=16,
+            auxiliary_in_channels=24,
+            auxiliary_channels=8,
+            num_labels=5,
+        )
+        outputs = transformers.UperNetForSemanticSegmentation(config).eval()(pixel_values)
+        assert outputs.logits.shape == (1, 5, 96, 128)
+    elif framework == "maskformer":
+        config = transformers.MaskFormerConfig(
+            backbone_config=backbone_config,
+            fpn_feature_size=32,
+            mask_feature_size=32,
+            decoder_config=transformers.DetrConfig(**detr),
+        )
+        outputs = transformers.MaskFormerForInstanceSegmentation(config).eval()(pixel_values)
+        assert outputs.masks_queries_logits.shape == (1, 4, 24, 32)
+    elif framework == "mask2former":
+        config = transformers.Mask2FormerConfig(
+            backbone_config=backbone_config,
+            feature_size=32,
+            mask_feature_size=32,
+            hidden_dim=32,
+            encoder_feedforward_dim=32,
+            dim_feedforward=32,
+            num_attention_heads=2,
+            encoder_layers=1,
+            decoder_layers=2,
+            num_queries=4,
+        )
+        outputs = transformers.Mask2FormerForUniversalSegmentation(config).eval()(pixel_values)
+        assert outputs.masks_queries_logits.shape == (1, 4, 24, 32)
+    else:
+        config = transformers.DetrConfig(
+            use_timm_backbone=False, use_pretrained_backbone=False, backbone_config=backbone_config, **detr
+        )
+        outputs = transformers.DetrForObjectDetection(config).eval()(pixel_values)
+        assert outputs.pred_boxes.shape == (1, 4, 4)

@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 quickstart: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		scripts/run_semseg.py examples/quickstart.yaml
+		--num_cpu_threads_per_process $$($(BIN)/python -c "import os; print(os.cpu_count())") scripts/run_semseg.py examples/quickstart.yaml
 	$(BIN)/python examples/segment_scene.py outputs/quickstart
 
 test: .venv/installed-test lint

@@ -53,13 +53,14 @@ def test_files_and_arrays_give_what_the_image_gives(tiny_model, processor, tmp_p
     assert all((other == expected).float().mean() > 0.999 for other in others)
 
 
-def test_the_pipeline_gives_the_same_label_map_from_a_saved_folder(tiny_model, processor, tmp_path):
+def test_the_pipeline_gives_the_same_label_map_from_a_saved_folder(tiny_model, processor, tmp_path, capfd):
     tiny_model.config.id2label = {0: "red", 1: "green", 2: "blue"}
     tiny_model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     image = photos()[0]
     (expected,) = segment(tiny_model, processor, [image])
     found = pipeline("image-segmentation", str(tmp_path))(image)
+    assert "not supported" not in capfd.readouterr().err
     assert {entry["label"] for entry in found} == {["red", "green", "blue"][i] for i in expected.unique()}
     for entry in found:
         class_id = ["red", "green", "blue"].index(entry["label"])

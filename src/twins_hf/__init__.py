@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from .configuration_twins import TwinsConfig
@@ -35,6 +36,8 @@ AutoModel.register(TwinsConfig, TwinsModel)
 AutoBackbone.register(TwinsConfig, TwinsBackbone)
 AutoModelForImageClassification.register(TwinsConfig, TwinsForImageClassification)
 AutoModelForSemanticSegmentation.register(TwinsConfig, TwinsForSemanticSegmentation)
+# The list that pipeline("image-segmentation") consults before it logs that it does not know a class.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[TwinsConfig.model_type] = TwinsForSemanticSegmentation.__name__
 AutoImageProcessor.register(TwinsConfig, image_processor_classes=image_processor_classes)
 
 __all__ = [

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from twins_hf.data import SegmentationTrainTransform, load_segmentation_data
+from twins_hf.publishing import CODE
 from twins_hf.training.run import TrainingStream
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_semseg.py"
@@ -168,10 +169,11 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tm
 def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
     photos, _, _ = trained
     code = (
-        "import sys, twins_hf\n"
+        "import sys\n"
         "from transformers import AutoModelForSemanticSegmentation, AutoImageProcessor\n"
-        "model = AutoModelForSemanticSegmentation.from_pretrained('tester/shapes')\n"
-        "AutoImageProcessor.from_pretrained('tester/shapes')\n"
+        "model = AutoModelForSemanticSegmentation.from_pretrained('tester/shapes', trust_remote_code=True)\n"
+        "AutoImageProcessor.from_pretrained('tester/shapes', trust_remote_code=True)\n"
+        "assert 'twins_hf' not in sys.modules\n"
         "model.save_pretrained(sys.argv[1])\n"
     )
     with HubServer() as hub:
@@ -181,7 +183,8 @@ def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
         assert finished.returncode == 0, finished.stderr[-3000:]
         files = hub.repositories["tester/shapes"]
         expected = {"model.safetensors", "config.json", "preprocessor_config.json", "all_results.json", "README.md"}
-        assert files.keys() == expected | {"per_class.md", "overlays/photo_0.png"}
+        expected |= {"per_class.md", "overlays/photo_0.png", *(f"{name}.py" for name in CODE)}
+        assert files.keys() == expected
         environment = {**os.environ, **network, "HF_HOME": str(tmp_path / "cache")}
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "loaded")], env=environment, check=True)
         refused = launch(*words, "--overwrite_output_dir", "true", **{**network, "HF_TOKEN": "hf_wrong"})

@@ -25,6 +25,7 @@ from ..data.transforms import SegmentationTrainTransform
 from ..evaluation import evaluate_segmentation, per_class_table
 from ..image_processing_twins import TwinsImageProcessor
 from ..modeling_twins import TwinsForSemanticSegmentation
+from ..publishing import add_model_code
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .optimization import build_optimizer
 
@@ -266,15 +267,19 @@ def run(prepared: Run) -> dict:
     if accelerator.is_main_process:
         write_results(prepared, results)
         if prepared.hub_model_id is not None:
-            HfApi().upload_folder(
-                repo_id=prepared.hub_model_id,
-                folder_path=prepared.output_dir,
-                ignore_patterns=["checkpoint-*"],
-                commit_message="Upload by twins_hf",
-            )
+            publish(prepared.output_dir, prepared.hub_model_id)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
+
+
+def publish(output_dir: Path, hub_model_id: str) -> None:
+    """Uploads the results, but for checkpoints, with the model's code beside them."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "upload"
+        shutil.copytree(output_dir, folder, ignore=shutil.ignore_patterns("*checkpoint-*"))
+        add_model_code(folder)
+        HfApi().upload_folder(repo_id=hub_model_id, folder_path=folder, commit_message="Upload by twins_hf")
 
 
 def train(prepared: Run) -> dict:

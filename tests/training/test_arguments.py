@@ -40,6 +40,7 @@ def test_the_defaults_are_the_papers_setting():
         (["--ratio_range", "2.0", "0.5"], "--ratio_range"),
         (["--warmup_steps", "20", "--max_steps", "10"], "--warmup_steps 20"),
         (["--eval_only"], "--eval_only needs --model_name_or_path"),
+        (["--eval_only", "--model_name_or_path", "x", "--push_to_hub"], "does not go with --eval_only"),
         (["--config_overrides", "[1]"], "--config_overrides [1] must be a JSON object"),
         (["--config_overrides", "{"], "--config_overrides { is no JSON"),
         (["missing.yaml"], "missing.yaml: "),

@@ -20,9 +20,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import pipeline
 
+from twins_hf import TwinsConfig, TwinsForImageClassification, TwinsImageProcessor
 from twins_hf.data import SegmentationTrainTransform, load_segmentation_data
 from twins_hf.publishing import CODE
-from twins_hf.training.run import TrainingStream
+from twins_hf.training import DataArguments, ModelArguments
+from twins_hf.training.run import TrainingStream, build_image_processor, build_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_semseg.py"
 
@@ -221,6 +223,24 @@ def test_what_can_be_known_before_ends_in_one_sentence(trained, tmp_path, change
     assert finished.returncode == 1
     assert re.search(f"error: .*{message}", finished.stderr, re.DOTALL), finished.stderr[-2000:]
     assert "Traceback" not in finished.stderr and "Training on" not in finished.stderr
+
+
+def test_an_imagenet_checkpoint_gives_its_encoder_but_neither_processor_nor_missing_norms(image_folder, tmp_path):
+    config = TwinsConfig(**TINY, window_sizes=[7, 7, 7, 7], num_labels=10)
+    classifier = TwinsForImageClassification(config)
+    classifier.save_pretrained(tmp_path / "imagenet")
+    TwinsImageProcessor(size={"shortest_edge": 256}, crop_size=224, do_center_crop=True).save_pretrained(
+        tmp_path / "imagenet"
+    )
+    model_args = ModelArguments(model_name_or_path=str(tmp_path / "imagenet"))
+    data = load_segmentation_data(str(image_folder))
+    model = build_model(model_args, data, eval_only=False)
+    assert model.config.norm_after_stage and model.config.num_labels == 3
+    name = "stages.1.layers.0.attention.qkv_proj.weight"
+    assert torch.equal(model.twins.state_dict()[name], classifier.twins.state_dict()[name])
+    image_processor = build_image_processor(model_args, DataArguments(crop_size=64), data)
+    assert not image_processor.do_center_crop and image_processor.crop_size.height == 64
+    assert dict(image_processor.size) == {"shortest_edge": 512, "longest_edge": 2048}
 
 
 @pytest.fixture

@@ -183,6 +183,8 @@ def find_problem(model_args: ModelArguments, data_args: DataArguments, training_
         return f"--warmup_steps {training_args.warmup_steps} must lie between 0 and --max_steps."
     if training_args.eval_only and model_args.model_name_or_path is None:
         return "--eval_only needs --model_name_or_path."
+    if training_args.eval_only and training_args.push_to_hub:
+        return "--push_to_hub uploads a trained model: it does not go with --eval_only."
     if model_args.config_overrides is not None:
         try:
             if not isinstance(json.loads(model_args.config_overrides), dict):

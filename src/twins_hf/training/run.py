@@ -180,7 +180,7 @@ def build_model(model_args: ModelArguments, data: SegmentationData, eval_only: b
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     config = TwinsConfig.from_pretrained(name, revision=revision, **overrides)
-    is_segmenter = "TwinsForSemanticSegmentation" in (config.architectures or [])
+    is_segmenter = segments(config)
     if eval_only and not is_segmenter:
         raise ValueError(f"--model_name_or_path {name} is no TwinsForSemanticSegmentation but {config.architectures}.")
     if is_segmenter and config.num_labels != len(data.id2label):
@@ -190,6 +190,8 @@ def build_model(model_args: ModelArguments, data: SegmentationData, eval_only: b
                 f"--model_name_or_path {name} has {config.num_labels} classes but --dataset_name {data.name} has "
                 f"{len(data.id2label)}.{advice}"
             )
+    if not is_segmenter and config.window_sizes is not None and "norm_after_stage" not in overrides:
+        config.norm_after_stage = True  # SVT's segmentors norm each stage's output, its classifiers do not
     if not eval_only:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     return TwinsForSemanticSegmentation.from_pretrained(
@@ -197,15 +199,20 @@ def build_model(model_args: ModelArguments, data: SegmentationData, eval_only: b
     )
 
 
+def segments(config: TwinsConfig) -> bool:
+    """Whether a checkpoint of this configuration has a segmentation model's heads."""
+    return TwinsForSemanticSegmentation.__name__ in (config.architectures or [])
+
+
 def build_image_processor(
     model_args: ModelArguments, data_args: DataArguments, data: SegmentationData
 ) -> TwinsImageProcessor:
-    """The checkpoint's processor, or a new one, with the sizes that were asked for."""
-    name = model_args.model_name_or_path
-    if name is None:
+    """The processor of a segmentation checkpoint, or a new one, with the sizes that were asked for."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if name is not None and segments(TwinsConfig.from_pretrained(name, revision=revision)):
+        image_processor = TwinsImageProcessor.from_pretrained(name, revision=revision)
+    else:  # an ImageNet checkpoint's processor crops the middle
         image_processor = TwinsImageProcessor()
-    else:
-        image_processor = TwinsImageProcessor.from_pretrained(name, revision=model_args.model_revision)
     settings = image_processor.to_dict()
     settings["do_reduce_labels"] = data.do_reduce_labels
     for key in ("shortest_edge", "longest_edge"):

@@ -36,42 +36,26 @@ from .modeling_twins import (
 
 SOURCES = ("official", "timm", "mmseg")
 
-# Ours -> theirs, tried in order on what follows "twins." and the encoder of theirs.
-ENCODER_NAMES = {
-    "official": [
-        (r"embeddings\.projection", r"patch_embeds.0.proj"),
-        (r"embeddings\.layernorm", r"patch_embeds.0.norm"),
-        (r"stages\.(\d)\.patch_embeddings\.projection", r"patch_embeds.\1.proj"),
-        (r"stages\.(\d)\.patch_embeddings\.layernorm", r"patch_embeds.\1.norm"),
-        (r"stages\.(\d)\.layers\.(\d+)\.layernorm_before", r"blocks.\1.\2.norm1"),
-        (r"stages\.(\d)\.layers\.(\d+)\.layernorm_after", r"blocks.\1.\2.norm2"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.sequence_reduction", r"blocks.\1.\2.attn.sr"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.layernorm", r"blocks.\1.\2.attn.norm"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.o_proj", r"blocks.\1.\2.attn.proj"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.(q|kv|qkv)_proj", r"blocks.\1.\2.attn.\3"),
-        (r"stages\.(\d)\.layers\.(\d+)\.mlp\.", r"blocks.\1.\2.mlp."),
-        (r"stages\.(\d)\.position_encoding\.projection", r"pos_block.\1.proj.0"),
-        (r"stages\.(\d)\.layernorm", r"norm_list.\1"),
-        (r"layernorm", r"norm"),
-    ],
-    "mmseg": [
-        (r"embeddings\.projection", r"patch_embeds.0.projection"),
-        (r"embeddings\.layernorm", r"patch_embeds.0.norm"),
-        (r"stages\.(\d)\.patch_embeddings\.projection", r"patch_embeds.\1.projection"),
-        (r"stages\.(\d)\.patch_embeddings\.layernorm", r"patch_embeds.\1.norm"),
-        (r"stages\.(\d)\.layers\.(\d+)\.layernorm_before", r"layers.\1.\2.norm1"),
-        (r"stages\.(\d)\.layers\.(\d+)\.layernorm_after", r"layers.\1.\2.norm2"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.sequence_reduction", r"layers.\1.\2.attn.sr"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.layernorm", r"layers.\1.\2.attn.norm"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.(?:q|kv)_proj\.", r"layers.\1.\2.attn.attn.in_proj_"),
-        (r"stages\.(\d)\.layers\.(\d+)\.attention\.qkv_proj", r"layers.\1.\2.attn.qkv"),
-        (r"stages\.(\d)\.layers\.(\d+)\.mlp\.fc1", r"layers.\1.\2.ffn.layers.0.0"),
-        (r"stages\.(\d)\.layers\.(\d+)\.mlp\.fc2", r"layers.\1.\2.ffn.layers.1"),
-        (r"stages\.(\d)\.position_encoding\.projection", r"position_encodings.\1.proj"),
-        (r"stages\.(\d)\.layernorm", r"norm_list.\1"),
-        (r"layernorm", r"norm"),
-    ],
-}
+STAGE, LAYER = r"stages\.(\d)\.", r"stages\.(\d)\.layers\.(\d+)\."
+# Encoder names, tried in order: ours, the authors' and timm's, MMSegmentation's.
+ENCODER_NAMES = [
+    (r"embeddings\.projection", r"patch_embeds.0.proj", r"patch_embeds.0.projection"),
+    (r"embeddings\.layernorm", r"patch_embeds.0.norm", r"patch_embeds.0.norm"),
+    (STAGE + r"patch_embeddings\.projection", r"patch_embeds.\1.proj", r"patch_embeds.\1.projection"),
+    (STAGE + r"patch_embeddings\.layernorm", r"patch_embeds.\1.norm", r"patch_embeds.\1.norm"),
+    (LAYER + r"layernorm_before", r"blocks.\1.\2.norm1", r"layers.\1.\2.norm1"),
+    (LAYER + r"layernorm_after", r"blocks.\1.\2.norm2", r"layers.\1.\2.norm2"),
+    (LAYER + r"attention\.sequence_reduction", r"blocks.\1.\2.attn.sr", r"layers.\1.\2.attn.sr"),
+    (LAYER + r"attention\.layernorm", r"blocks.\1.\2.attn.norm", r"layers.\1.\2.attn.norm"),
+    (LAYER + r"attention\.(q|kv)_proj\.", r"blocks.\1.\2.attn.\3.", r"layers.\1.\2.attn.attn.in_proj_"),
+    (LAYER + r"attention\.qkv_proj", r"blocks.\1.\2.attn.qkv", r"layers.\1.\2.attn.qkv"),
+    (LAYER + r"attention\.o_proj", r"blocks.\1.\2.attn.proj", r"layers.\1.\2.attn.proj"),
+    (LAYER + r"mlp\.fc1", r"blocks.\1.\2.mlp.fc1", r"layers.\1.\2.ffn.layers.0.0"),
+    (LAYER + r"mlp\.fc2", r"blocks.\1.\2.mlp.fc2", r"layers.\1.\2.ffn.layers.1"),
+    (STAGE + r"position_encoding\.projection", r"pos_block.\1.proj.0", r"position_encodings.\1.proj"),
+    (STAGE + r"layernorm", r"norm_list.\1", r"norm_list.\1"),
+    (r"layernorm", r"norm", r"norm"),
+]
 # The decode heads were MMSegmentation's in every source.
 HEAD_NAMES = [
     (r"decode_head\.pyramid_pooling\.pools\.(\d)\.1\.", r"decode_head.psp_modules.\1.1."),
@@ -88,13 +72,15 @@ def their_name(name: str, source: str, config: TwinsConfig) -> str:
     """
     if name.startswith("twins."):
         name = name.removeprefix("twins.")
-        found = re.match(r"stages\.(\d)\.layers\.(\d+)\.attention\.o_proj(.*)", name)
-        if source == "mmseg" and found:
-            is_local = config.window_sizes is not None and int(found[2]) % 2 == 0
-            return f"layers.{found[1]}.{found[2]}.attn.{'proj' if is_local else 'attn.out_proj'}{found[3]}"
-        for ours, theirs in ENCODER_NAMES["mmseg" if source == "mmseg" else "official"]:
-            if re.match(ours, name):
-                return re.sub(rf"^{ours}", theirs, name)
+        theirs = next(
+            re.sub(f"^{ours}", mmseg if source == "mmseg" else official, name)
+            for ours, official, mmseg in ENCODER_NAMES
+            if re.match(ours, name)
+        )
+        layer = re.match(r"layers\.\d\.(\d+)\.attn\.proj", theirs)
+        if layer and (config.window_sizes is None or int(layer[1]) % 2):  # GSA is torch's own attention there
+            theirs = theirs.replace(".attn.proj.", ".attn.attn.out_proj.")
+        return theirs
     if name.startswith("classifier."):
         return name.replace("classifier.", "head.")
     for ours, theirs in HEAD_NAMES:

@@ -15,19 +15,20 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, set_seed
 from datasets import Dataset
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..configuration_twins import TwinsConfig
 from ..data.loading import SegmentationData, check_examples, load_segmentation_data, read_example, undecoded
 from ..data.transforms import SegmentationTrainTransform
-from ..evaluation import evaluate_segmentation, per_class_table
+from ..evaluation import evaluate_segmentation
 from ..image_processing_twins import TwinsImageProcessor
 from ..modeling_twins import TwinsForSemanticSegmentation
 from ..publishing import add_model_code
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .optimization import build_optimizer
+from .report import scalars, write_model_card, write_results
 
 logger = get_logger(__name__)
 
@@ -273,6 +274,7 @@ def run(prepared: Run) -> dict:
         write_model_card(prepared, results)
     if accelerator.is_main_process:
         write_results(prepared, results)
+        logger.info(f"Results are in {prepared.output_dir}")
         if prepared.hub_model_id is not None:
             publish(prepared.output_dir, prepared.hub_model_id)
     accelerator.wait_for_everyone()
@@ -461,95 +463,8 @@ def score(prepared: Run) -> dict:
     return {f"eval_{name}": value for name, value in results.items()}
 
 
-def scalars(results: dict) -> dict[str, float]:
-    return {name: float(value) for name, value in results.items() if np.ndim(value) == 0}
-
-
 def tracked_settings(prepared: Run) -> dict:
     settings = {}
     for arguments in (prepared.model_args, prepared.data_args, prepared.args):
         settings |= {name: str(value) for name, value in vars(arguments).items()}
     return settings
-
-
-def write_results(prepared: Run, results: dict) -> None:
-    """`all_results.json` and `per_class.md`."""
-    names = list(prepared.data.id2label.values())
-    stored = scalars(results)
-    for key in ("eval_per_category_iou", "eval_per_category_accuracy"):
-        stored[key] = {
-            name: None if math.isnan(value) else float(value) for name, value in zip(names, results[key], strict=True)
-        }
-    (prepared.output_dir / "all_results.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-    table = class_table(results, prepared.data)
-    (prepared.output_dir / "per_class.md").write_text(table + "\n", encoding="utf-8")
-    logger.info(f"Results are in {prepared.output_dir}")
-
-
-def class_table(results: dict, data: SegmentationData) -> str:
-    return per_class_table({name.removeprefix("eval_"): value for name, value in results.items()}, data.id2label)
-
-
-def write_model_card(prepared: Run, results: dict) -> None:
-    """`README.md`: what was trained on what, how, and what it scores."""
-    model_args, data_args, args, data = prepared.model_args, prepared.data_args, prepared.args, prepared.data
-    batch_size = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * prepared.accelerator.num_processes
-    )
-    scores = {
-        "mean_iou": "Mean IoU",
-        "mean_accuracy": "Mean accuracy",
-        "overall_accuracy": "Pixel accuracy",
-    }
-    dataset = Path(data.name).name
-    card_data = ModelCardData(
-        model_name=prepared.output_dir.resolve().name,
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        tags=["twins", "image-segmentation", "vision"],
-        base_model=None if model_args.model_name_or_path is None else Path(model_args.model_name_or_path).name,
-        eval_results=[
-            EvalResult(
-                task_type="image-segmentation",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_split="validation",
-                metric_type=metric,
-                metric_name=title,
-                metric_value=float(results[f"eval_{metric}"]),
-            )
-            for metric, title in scores.items()
-        ],
-    )
-    start = model_args.model_name_or_path or f"random weights of {model_args.variant}"
-    if model_args.config_overrides:
-        start += f" with {model_args.config_overrides}"
-    sizes = prepared.image_processor
-    lines = [
-        f"---\n{card_data.to_yaml()}\n---",
-        f"# {prepared.output_dir.resolve().name}",
-        "Twins (arXiv [2104.13840](https://arxiv.org/abs/2104.13840)) with UPerNet for semantic segmentation, trained "
-        "with `twins_hf`.",
-        "```python\nimport twins_hf\nfrom transformers import pipeline\n\n"
-        f'segment = pipeline("image-segmentation", "{prepared.hub_model_id or prepared.output_dir}")\n'
-        'segment("photo.jpg")\n```',
-        "## Data",
-        f"{dataset}: {len(data.splits['train'])} training and {len(data.splits['validation'])} validation images, "
-        f"{len(data.id2label)} classes.",
-        "## Training",
-        f"Started from {start}. {results['train_steps']} iterations of {batch_size} crops of "
-        f"{sizes.crop_size.height}x{sizes.crop_size.width}, scales {data_args.ratio_range[0]} to "
-        f"{data_args.ratio_range[1]} of {dict(sizes.size)}; AdamW with learning rate {args.learning_rate:g} and "
-        f"weight decay {args.weight_decay:g}, polynomial decay of power {args.lr_power:g}; "
-        f"precision {args.mixed_precision}; "
-        f"seed {args.seed}. Loss at the end: {results['train_loss']:.4f}.",
-        "## Scores",
-        "On the validation images, each whole and at its own size:",
-        "| "
-        + " | ".join(scores.values())
-        + " |\n| ---: | ---: | ---: |\n| "
-        + " | ".join(f"{100 * results[f'eval_{metric}']:.2f}" for metric in scores)
-        + " |",
-        class_table(results, data),
-    ]
-    ModelCard("\n\n".join(lines) + "\n").save(prepared.output_dir / "README.md")

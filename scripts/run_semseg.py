@@ -22,7 +22,7 @@ from twins_hf.training import parse_arguments, prepare_run, run  # noqa: E402
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    arguments = parse_arguments(sys.argv[1:], description=__doc__)
+    arguments = parse_arguments(sys.argv[1:], description=__doc__.splitlines()[0])
     try:
         prepared = prepare_run(*arguments)
     except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:

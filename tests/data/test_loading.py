@@ -100,6 +100,9 @@ def test_tables_with_other_column_and_split_names_hold_the_same_examples(image_f
 
     with pytest.raises(ValueError, match="no column 'image'; it has .*photo"):
         load_segmentation_data(str(folder))
+    columns = {"image_column_name": "photo", "label_column_name": "annotation"}
+    with pytest.raises(ValueError, match="no split 'val'; it has "):
+        load_segmentation_data(str(folder), validation_split_name="val", **columns)
     with pytest.raises(ValueError, match="no split 'dev'; it has "):
         load_segmentation_data(
             str(folder), image_column_name="photo", label_column_name="annotation", train_split_name="dev"

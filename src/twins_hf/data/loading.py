@@ -10,9 +10,12 @@ import PIL.Image
 from datasets import Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers.utils import logging
 
 from ..image_processing_pil_twins import IGNORE_INDEX, reduce_labels, segmentation_map_to_array
 from .scenes import SCENE_CLASSES, load_scenes
+
+logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MASK_FOLDERS = ("annotations", "masks", "labels")
@@ -99,10 +102,11 @@ def load_segmentation_data(
         {
             split: choose_columns(splits, stored_name, columns, name)
             for split, stored_name in (("train", train_split_name), ("validation", validation_split_name))
-            if stored_name in splits or split == "train"
+            if stored_name in splits or stored_name != "validation"
         }
     )
     if "validation" not in splits:
+        logger.warning(f"{name} has no validation split: {train_val_split:.0%} of its training split serves for it.")
         parts = splits["train"].train_test_split(test_size=train_val_split, seed=seed)
         splits = DatasetDict(train=parts["train"], validation=parts["test"])
     return SegmentationData(name, splits, names, is_ade20k if do_reduce_labels is None else do_reduce_labels)

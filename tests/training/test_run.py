@@ -205,7 +205,7 @@ def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
             {"model_name_or_path": "{folder}", "id2label": "{names}"},
             "has 3 classes but .* has 4.*ignore_mismatched_sizes",
         ),
-        ({"report_to": "tensorboard"}, "--report_to tensorboard: that tracker is not installed"),
+        ({"report_to": "swanlab"}, "--report_to swanlab: that tracker is not installed"),
         ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: .* has no checkpoint"),
         ({"config_overrides": '{"depths": [1]}'}, r"depths=\[1\] must be four"),
     ],

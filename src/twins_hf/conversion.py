@@ -23,6 +23,7 @@ import safetensors
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
 
 from .configuration_twins import VARIANTS, TwinsConfig
 from .data.ade20k import ADE20K_CLASSES
@@ -35,6 +36,7 @@ from .modeling_twins import (
 )
 
 SOURCES = ("official", "timm", "mmseg")
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 STAGE, LAYER = r"stages\.(\d)\.", r"stages\.(\d)\.layers\.(\d+)\."
 # Encoder names, tried in order: ours, the authors' and timm's, MMSegmentation's.
@@ -227,31 +229,46 @@ def class_names(num_labels: int) -> dict[int, str]:
     return {class_id: f"LABEL_{class_id}" for class_id in range(num_labels)}
 
 
-def load_model(path: str | Path) -> tuple[TwinsPreTrainedModel, list[str]]:
+def load_model(source: str | Path, revision: str | None = None) -> tuple[TwinsPreTrainedModel, list[str]]:
     """
-    The model of a checkpoint of any source, or of a folder that `save_pretrained` wrote.
+    The model of a checkpoint of any source.
+
+    Args:
+        source: A file; or a folder or Hub model id of this library (`save_pretrained`) or of timm.
+        revision: Branch, tag or commit of a Hub model.
 
     Returns:
         The model, and the names of tensors that were left out because the source carries them unused.
 
     Raises:
-        `ValueError`: naming the file, if it cannot be read or its tensors fit no published model.
+        `ValueError`: naming the source, if it cannot be read or its tensors fit no published model.
+        `OSError`: if a folder has no `config.json` and no Hub model has that id.
     """
-    path = Path(path)
-    if (path / "config.json").is_file() and TwinsConfig.get_config_dict(path)[0].get("model_type") == "twins":
-        architecture = (TwinsConfig.from_pretrained(path).architectures or ["TwinsModel"])[0]
+    source = str(source)
+    if Path(source).suffix in SUFFIXES:
+        path = source
+    elif is_twins(source, revision):
+        architecture = (TwinsConfig.from_pretrained(source, revision=revision).architectures or ["TwinsModel"])[0]
         classes = {c.__name__: c for c in (TwinsModel, TwinsForImageClassification, TwinsForSemanticSegmentation)}
         if architecture not in classes:
-            raise ValueError(f"{path}: architecture {architecture} is none of {', '.join(classes)}.")
-        return classes[architecture].from_pretrained(path), []
-    if path.is_dir():  # a timm folder of the Hub
-        path = path / "model.safetensors"
+            raise ValueError(f"{source}: architecture {architecture} is none of {', '.join(classes)}.")
+        return classes[architecture].from_pretrained(source, revision=revision), []
+    else:
+        path = cached_file(source, "model.safetensors", revision=revision)
     tensors = read_checkpoint(path)
     try:
-        model, source = model_for(tensors)
-        return model.eval(), import_state_dict(model, tensors, source)
+        model, origin = model_for(tensors)
+        return model.eval(), import_state_dict(model, tensors, origin)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
+
+
+def is_twins(source: str, revision: str | None = None) -> bool:
+    """Whether a folder or Hub model id is this library's, and so to be read by `from_pretrained`."""
+    if Path(source).suffix in SUFFIXES:
+        return False
+    settings, _ = TwinsConfig.get_config_dict(source, revision=revision)
+    return settings.get("model_type") == TwinsConfig.model_type
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -284,15 +301,22 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def convert_checkpoint(source: str | Path, destination: str | Path, to: str = "hf", image_size: int = 224) -> str:
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    to: str = "hf",
+    image_size: int = 224,
+    revision: str | None = None,
+) -> str:
     """
-    Converts a checkpoint of any source, or a folder of this library, to `to`.
+    Converts a checkpoint of any source, this library's included, to `to`.
 
     Args:
         source: What [`load_model`] takes.
         destination: A new folder for `"hf"` (model, processor, model card); a `.safetensors` or `.pth` file otherwise.
         to: `"hf"` or one of `SOURCES`.
         image_size: Side in pixels that a classifier was trained with; nothing else tells.
+        revision: Branch, tag or commit of a Hub model.
 
     Returns:
         What was converted, in a sentence.
@@ -303,12 +327,13 @@ def convert_checkpoint(source: str | Path, destination: str | Path, to: str = "h
     destination = Path(destination)
     if destination.exists():
         raise ValueError(f"{destination}: exists already.")
-    model, unused = load_model(source)
+    model, unused = load_model(source, revision)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         partial = Path(folder) / destination.name
         if to == "hf":
-            write_folder(model, partial, image_size, Path(source).name)
+            origin = Path(source).name if Path(source).exists() else str(source)
+            write_folder(model, partial, image_size, origin)
         else:
             tensors = {name: tensor.contiguous() for name, tensor in export_state_dict(model, to).items()}
             if partial.suffix == ".safetensors":

@@ -9,12 +9,14 @@ Inside a stage, hidden states are (batch, height, width, channels); between stag
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
@@ -31,6 +33,24 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_twins import TwinsConfig
 
 
+def pad_map(hidden_states: torch.Tensor, multiple: int) -> torch.Tensor:
+    """(B, H, W, C) with zeros at the bottom and right, up to multiples; as it is where it has them already."""
+    pad_bottom, pad_right = (padding(side, multiple) for side in hidden_states.shape[1:3])
+    if is_needed(pad_bottom) or is_needed(pad_right):
+        hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, pad_right, 0, pad_bottom))
+    return hidden_states
+
+
+def padding(side: int, multiple: int) -> int:
+    """What is missing from `side` to a multiple."""
+    return (side + multiple - 1) // multiple * multiple - side
+
+
+def is_needed(pad: int | torch.SymInt) -> bool:
+    """Whether there is padding. A program traced for any size cannot tell, so it always pads, be it by 0."""
+    return not statically_known_true(pad == 0)
+
+
 class TwinsPatchEmbeddings(nn.Module):
     """Non-overlapping patches, projected and normalised: (B, C, H, W) -> (B, H/patch, W/patch, hidden_size)."""
 
@@ -45,10 +65,8 @@ class TwinsPatchEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        height, width = feature_map.shape[-2:]
-        pad_bottom, pad_right = -height % self.patch_size, -width % self.patch_size
-        if self.patch_padding and (pad_bottom or pad_right):
-            feature_map = nn.functional.pad(feature_map, (0, pad_right, 0, pad_bottom))
+        if self.patch_padding:
+            feature_map = pad_map(feature_map.permute(0, 2, 3, 1), self.patch_size).permute(0, 3, 1, 2)
         embeddings = self.projection(feature_map).permute(0, 2, 3, 1)
         return self.dropout(self.layernorm(embeddings))
 
@@ -174,35 +192,51 @@ class TwinsLocallyGroupedAttention(TwinsAttention):
         windows = hidden_states.view(batch_size, height // side, side, width // side, side, channels)
         return windows.transpose(2, 3).reshape(-1, side * side, channels)
 
+    def padding_mask(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """
+        Which keys of each window may be attended to, (B * windows, 1, 1, window * window), for a map (B, H, W, C) that
+        has yet to be padded; `None` where all may.
+        """
+        batch_size, height, width, _ = hidden_states.shape
+        pad_bottom, pad_right = padding(height, self.window_size), padding(width, self.window_size)
+        are_needed = is_needed(pad_bottom), is_needed(pad_right)
+        if self.window_padding == "unmasked" or not any(are_needed):
+            return None
+        if self.window_padding == "mmseg" and not all(are_needed):
+            return None
+        rows, columns = height, width
+        if self.window_padding == "mmseg":  # the same for sizes that an exported program learns when it runs
+            rows, columns = height * torch.sym_min(pad_bottom, 1), width * torch.sym_min(pad_right, 1)
+        is_real_row = torch.arange(height + pad_bottom, device=hidden_states.device) < rows
+        is_real_column = torch.arange(width + pad_right, device=hidden_states.device) < columns
+        is_real = is_real_row[:, None] & is_real_column
+        if self.window_padding == "mmseg":
+            is_real = is_real | ~is_real.any()
+        mask = self.partition(is_real[None, :, :, None])
+        return mask.view(-1, 1, 1, self.window_size**2).repeat(batch_size, 1, 1, 1)
+
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, height, width, channels = hidden_states.shape
         side = self.window_size
-        pad_bottom, pad_right = -height % side, -width % side
-        padded_height, padded_width = height + pad_bottom, width + pad_right
-
-        attention_mask = None
-        is_padded = bool(pad_bottom or pad_right)
-        is_masked = is_padded and self.window_padding != "unmasked"
-        if self.window_padding == "mmseg" and not (pad_bottom and pad_right):
-            is_masked = False
-        if is_masked:
-            is_real = hidden_states.new_ones((1, height, width, 1), dtype=torch.bool)
-            is_real = self.partition(nn.functional.pad(is_real, (0, 0, 0, pad_right, 0, pad_bottom)))
-            attention_mask = is_real.view(-1, 1, 1, side * side).repeat(batch_size, 1, 1, 1)
-        if is_padded:
-            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, pad_right, 0, pad_bottom))
+        attention_mask = self.padding_mask(hidden_states)
+        hidden_states = pad_map(hidden_states, side)
+        padded_height, padded_width = hidden_states.shape[1:3]
 
         qkv = self.qkv_proj(self.partition(hidden_states))
         query, key, value = self.split_heads(qkv, 3)
         context, probabilities = self.attend(query, key, value, attention_mask, **kwargs)
 
         # (B * windows, window * window, C) -> (B, H, W, C)
-        context = context.view(batch_size, padded_height // side, padded_width // side, side, side, channels)
-        context = context.transpose(2, 3).reshape(batch_size, padded_height, padded_width, channels)
-        context = context[:, :height, :width]
-        return self.dropout(self.o_proj(context)), probabilities
+        output = self.dropout(self.o_proj(context))
+        output = output.view(batch_size, padded_height // side, padded_width // side, side, side, channels)
+        output = output.transpose(2, 3).reshape(batch_size, padded_height, padded_width, channels)
+        if statically_known_true(padded_height - height >= 0) and statically_known_true(padded_width - width >= 0):
+            return output[:, :height, :width], probabilities
+        # A slice's strides tell whether there was padding, and a program traced for any size must not depend on that.
+        rows, columns = (torch.arange(length, device=output.device) for length in (height, width))
+        return output.index_select(1, rows).index_select(2, columns), probabilities
 
 
 class TwinsMLP(nn.Module):
@@ -329,6 +363,19 @@ class TwinsPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
+@dataclass
+class TwinsModelOutput(BaseModelOutputWithPooling):
+    """
+    What [`TwinsModel`] returns beside the usual.
+
+    Args:
+        feature_maps (`tuple[torch.Tensor]`): Maps of the stem and the four stages, each (batch_size, channels,
+            height, width), before the final norm.
+    """
+
+    feature_maps: tuple[torch.Tensor, ...] | None = None
+
+
 class TwinsModel(TwinsPreTrainedModel):
     """
     The Twins encoder.
@@ -352,16 +399,17 @@ class TwinsModel(TwinsPreTrainedModel):
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TwinsModelOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised images of at
                 least 32 pixels a side.
 
         Returns:
-            [`BaseModelOutputWithPooling`]: `last_hidden_state` (batch_size, hidden_sizes[-1], height / 32, width / 32)
-            after the final norm, `pooler_output` its spatial mean, and, where asked for, `hidden_states` (the stem's
-            map and the four stages', (batch_size, channels, height, width)) and `attentions` (one a block).
+            [`TwinsModelOutput`]: `last_hidden_state` (batch_size, hidden_sizes[-1], height / 32, width / 32) after the
+            final norm, `pooler_output` its spatial mean, `feature_maps` (the stem's and the four stages', before the
+            final norm, (batch_size, channels, height, width)), and, where asked for, `hidden_states` (the same maps)
+            and `attentions` (one a block).
 
         Raises:
             `ValueError`: if `pixel_values` have another number of channels or are too small.
@@ -371,12 +419,15 @@ class TwinsModel(TwinsPreTrainedModel):
                 f"pixel_values have {pixel_values.shape[1]} channels (shape {tuple(pixel_values.shape)}), but the "
                 f"model's num_channels is {self.config.num_channels}."
             )
-        feature_map = self.embeddings(pixel_values).permute(0, 3, 1, 2)
+        feature_maps = [self.embeddings(pixel_values).permute(0, 3, 1, 2)]
         for stage in self.stages:
-            feature_map = stage(feature_map, **kwargs)
+            feature_maps.append(stage(feature_maps[-1], **kwargs))
+        last = feature_maps[-1]
         if self.layernorm is not None:
-            feature_map = self.layernorm(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return BaseModelOutputWithPooling(last_hidden_state=feature_map, pooler_output=feature_map.mean(dim=(-2, -1)))
+            last = self.layernorm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return TwinsModelOutput(
+            last_hidden_state=last, pooler_output=last.mean(dim=(-2, -1)), feature_maps=tuple(feature_maps)
+        )
 
 
 class TwinsBackbone(BackboneMixin, TwinsPreTrainedModel):
@@ -392,7 +443,6 @@ class TwinsBackbone(BackboneMixin, TwinsPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @filter_output_hidden_states
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         r"""
         Args:
@@ -404,9 +454,9 @@ class TwinsBackbone(BackboneMixin, TwinsPreTrainedModel):
             `config.out_features`; `hidden_states` and `attentions` where asked for.
         """
         outputs = self.twins(pixel_values, **kwargs)
-        named = zip(self.stage_names, outputs.hidden_states, strict=True)
+        named = zip(self.stage_names, outputs.feature_maps, strict=True)
         return BackboneOutput(
-            feature_maps=tuple(state for name, state in named if name in self.out_features),
+            feature_maps=tuple(feature_map for name, feature_map in named if name in self.out_features),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -468,6 +518,26 @@ class TwinsConvModule(nn.Module):
         return self.activation(self.batch_norm(self.conv(feature_map)))
 
 
+class TwinsAdaptiveAvgPool(nn.Module):
+    """Adaptive average pooling to `bins` a side, as products with two small matrices: any size can be exported."""
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins = bins
+
+    def weights(self, length: int, like: torch.Tensor) -> torch.Tensor:
+        """(bins, length): a mean over each bin, from floor(i length / bins) to ceil((i + 1) length / bins)."""
+        index = torch.arange(self.bins, device=like.device)[:, None]
+        start, end = index * length // self.bins, ((index + 1) * length + self.bins - 1) // self.bins
+        position = torch.arange(length, device=like.device)
+        return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        height, width = feature_map.shape[-2:]
+        rows, columns = self.weights(height, feature_map), self.weights(width, feature_map)
+        return rows @ feature_map @ columns.T
+
+
 class TwinsPyramidPooling(nn.Module):
     """PSPNet's pyramid pooling (arXiv 1612.01105): [map, pool 1, pool 2, ...], fused by a 3x3 convolution."""
 
@@ -475,7 +545,7 @@ class TwinsPyramidPooling(nn.Module):
         super().__init__()
         in_channels, width = config.hidden_sizes[-1], config.decoder_hidden_size
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), TwinsConvModule(in_channels, width, kernel_size=1))
+            nn.Sequential(TwinsAdaptiveAvgPool(scale), TwinsConvModule(in_channels, width, kernel_size=1))
             for scale in config.pool_scales
         )
         self.bottleneck = TwinsConvModule(in_channels + len(self.pools) * width, width, kernel_size=3)
@@ -599,7 +669,6 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
             initialization.normal_(module.classifier.weight, std=0.01)
 
     @can_return_tuple
-    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -622,7 +691,7 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
             `ValueError`: if `pixel_values` have another number of channels or are too small.
         """
         outputs = self.twins(pixel_values, **kwargs)
-        feature_maps = outputs.hidden_states[1:]
+        feature_maps = outputs.feature_maps[1:]
         logits = self.decode_head(feature_maps)
 
         loss = None

@@ -17,14 +17,15 @@ import torch
 from conftest import TINY
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from twins_hf import TwinsConfig, TwinsForImageClassification, TwinsImageProcessor
+from twins_hf.conversion import export_state_dict
 from twins_hf.data import SegmentationTrainTransform, load_segmentation_data
 from twins_hf.publishing import CODE
 from twins_hf.training import DataArguments, ModelArguments
-from twins_hf.training.run import TrainingStream, build_image_processor, build_model
+from twins_hf.training.run import TrainingStream, build_image_processor, build_model, find_pretrained
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_semseg.py"
 
@@ -225,20 +226,29 @@ def test_what_can_be_known_before_ends_in_one_sentence(trained, tmp_path, change
     assert "Traceback" not in finished.stderr and "Training on" not in finished.stderr
 
 
-def test_an_imagenet_checkpoint_gives_its_encoder_but_neither_processor_nor_missing_norms(image_folder, tmp_path):
-    config = TwinsConfig(**TINY, window_sizes=[7, 7, 7, 7], num_labels=10)
-    classifier = TwinsForImageClassification(config)
-    classifier.save_pretrained(tmp_path / "imagenet")
-    TwinsImageProcessor(size={"shortest_edge": 256}, crop_size=224, do_center_crop=True).save_pretrained(
-        tmp_path / "imagenet"
-    )
+@pytest.mark.parametrize("source", ["this library", "timm"])
+def test_an_imagenet_checkpoint_gives_its_encoder_but_neither_processor_nor_missing_norms(
+    image_folder, tmp_path, source
+):
+    (tmp_path / "imagenet").mkdir()
+    if source == "timm":
+        classifier = TwinsForImageClassification(TwinsConfig.from_variant("svt-s", num_labels=10))
+        save_file(export_state_dict(classifier, "timm"), tmp_path / "imagenet" / "model.safetensors")
+        (tmp_path / "imagenet" / "config.json").write_text('{"architecture": "twins_svt_small"}')
+    else:
+        config = TwinsConfig(**TINY, window_sizes=[7, 7, 7, 7], num_labels=10)
+        classifier = TwinsForImageClassification(config)
+        classifier.save_pretrained(tmp_path / "imagenet")
+        processor = TwinsImageProcessor(size={"shortest_edge": 256}, crop_size=224, do_center_crop=True)
+        processor.save_pretrained(tmp_path / "imagenet")
     model_args = ModelArguments(model_name_or_path=str(tmp_path / "imagenet"))
     data = load_segmentation_data(str(image_folder))
-    model = build_model(model_args, data, eval_only=False)
+    pretrained = find_pretrained(model_args, tmp_path)
+    model = build_model(model_args, pretrained, data, eval_only=False)
     assert model.config.norm_after_stage and model.config.num_labels == 3
     name = "stages.1.layers.0.attention.qkv_proj.weight"
     assert torch.equal(model.twins.state_dict()[name], classifier.twins.state_dict()[name])
-    image_processor = build_image_processor(model_args, DataArguments(crop_size=64), data)
+    image_processor = build_image_processor(pretrained, DataArguments(crop_size=64), data)
     assert not image_processor.do_center_crop and image_processor.crop_size.height == 64
     assert dict(image_processor.size) == {"shortest_edge": 512, "longest_edge": 2048}
 

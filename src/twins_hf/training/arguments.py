@@ -22,7 +22,10 @@ def option(default, text: str, **metadata):
 class ModelArguments:
     """Which model is trained or scored."""
 
-    model_name_or_path: str | None = option(None, "Checkpoint to start from: a folder or a Hub model id.")
+    model_name_or_path: str | None = option(
+        None,
+        "Checkpoint to start from: a folder or Hub model id, of timm too, or a file of MMSegmentation or the authors.",
+    )
     variant: str = option(
         "svt-s", "Architecture that starts from random weights, without --model_name_or_path.", choices=list(VARIANTS)
     )

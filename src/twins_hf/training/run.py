@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..configuration_twins import TwinsConfig
+from ..conversion import convert_checkpoint, is_twins
 from ..data.loading import SegmentationData, check_examples, load_segmentation_data, read_example, undecoded
 from ..data.transforms import SegmentationTrainTransform
 from ..evaluation import evaluate_segmentation
@@ -141,6 +142,10 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
         for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
             if limit is not None:
                 data.splits[split] = data.splits[split].select(range(min(limit, len(data.splits[split]))))
+    with tempfile.TemporaryDirectory() as folder:
+        pretrained = find_pretrained(model_args, Path(folder))
+        model = build_model(model_args, pretrained, data, args.eval_only)
+        image_processor = build_image_processor(pretrained, data_args, data)
     prepared = Run(
         model_args,
         data_args,
@@ -148,8 +153,8 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
         accelerator,
         output_dir,
         data,
-        model=build_model(model_args, data, args.eval_only),
-        image_processor=build_image_processor(model_args, data_args, data),
+        model,
+        image_processor,
         checkpoint=find_checkpoint(output_dir, args.resume_from_checkpoint),
         hub_model_id=create_hub_repository(args, output_dir) if accelerator.is_main_process else None,
     )
@@ -173,14 +178,29 @@ def check_output_dir(output_dir: Path, args: TrainingArguments) -> None:
         )
 
 
-def build_model(model_args: ModelArguments, data: SegmentationData, eval_only: bool) -> TwinsForSemanticSegmentation:
+def find_pretrained(model_args: ModelArguments, folder: Path) -> dict[str, str | None] | None:
+    """Arguments of `from_pretrained` for the checkpoint to start from, if any; one of another source is converted into
+    `folder`."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if name is None:
+        return None
+    if is_twins(name, revision):
+        return {"pretrained_model_name_or_path": name, "revision": revision}
+    logger.info(convert_checkpoint(name, folder / "converted", revision=revision))
+    return {"pretrained_model_name_or_path": str(folder / "converted")}
+
+
+def build_model(
+    model_args: ModelArguments, pretrained: dict[str, str | None] | None, data: SegmentationData, eval_only: bool
+) -> TwinsForSemanticSegmentation:
+    """A model of the dataset's classes: the checkpoint's, or a variant's with random weights."""
     overrides = json.loads(model_args.config_overrides or "{}")
     labels = {"id2label": data.id2label, "label2id": {name: class_id for class_id, name in data.id2label.items()}}
-    if model_args.model_name_or_path is None:
+    if pretrained is None:
         return TwinsForSemanticSegmentation(TwinsConfig.from_variant(model_args.variant, **{**overrides, **labels}))
 
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    config = TwinsConfig.from_pretrained(name, revision=revision, **overrides)
+    name = model_args.model_name_or_path
+    config = TwinsConfig.from_pretrained(**pretrained, **overrides)
     is_segmenter = segments(config)
     if eval_only and not is_segmenter:
         raise ValueError(f"--model_name_or_path {name} is no TwinsForSemanticSegmentation but {config.architectures}.")
@@ -196,7 +216,7 @@ def build_model(model_args: ModelArguments, data: SegmentationData, eval_only: b
     if not eval_only:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     return TwinsForSemanticSegmentation.from_pretrained(
-        name, config=config, revision=revision, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes
+        **pretrained, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes
     )
 
 
@@ -206,12 +226,11 @@ def segments(config: TwinsConfig) -> bool:
 
 
 def build_image_processor(
-    model_args: ModelArguments, data_args: DataArguments, data: SegmentationData
+    pretrained: dict[str, str | None] | None, data_args: DataArguments, data: SegmentationData
 ) -> TwinsImageProcessor:
     """The processor of a segmentation checkpoint, or a new one, with the sizes that were asked for."""
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    if name is not None and segments(TwinsConfig.from_pretrained(name, revision=revision)):
-        image_processor = TwinsImageProcessor.from_pretrained(name, revision=revision)
+    if pretrained is not None and segments(TwinsConfig.from_pretrained(**pretrained)):
+        image_processor = TwinsImageProcessor.from_pretrained(**pretrained)
     else:  # an ImageNet checkpoint's processor crops the middle
         image_processor = TwinsImageProcessor()
     settings = image_processor.to_dict()

@@ -1,0 +1,116 @@
+"""
+MMSegmentation's Twins with seeded random weights, and what they compute: for `fidelity.py` to hold ours against.
+It runs in an environment of its own, since MMSegmentation needs older packages than twins_hf:
+
+    python -m venv mmseg
+    mmseg/bin/pip install torch mmcv-lite==2.1.0 mmengine==0.10.7 mmsegmentation==1.2.2 "numpy<2.3" "setuptools<81" \
+        ftfy regex
+    mmseg/bin/python scripts/mmseg_reference.py twins_svt-s_uperhead svt-s.pth --sizes 512x512 448x700
+"""
+
+import argparse
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def import_mmseg():
+    """mmseg, with stand-ins for mmcv's compiled operators where mmcv-lite lacks them; no Twins model uses one."""
+    try:
+        import mmcv.ops  # noqa: F401
+    except ModuleNotFoundError:
+
+        class Operators(types.ModuleType):
+            __path__ = []
+
+            def __getattr__(self, name):
+                if name.startswith("__"):
+                    raise AttributeError(name)
+                return type(name, (nn.Module,), {})
+
+        for name in ("mmcv.ops", "mmcv.ops.point_sample"):
+            sys.modules[name] = Operators(name)
+    import mmseg
+
+    return mmseg
+
+
+def build(name: str, seed: int = 0, small_activations: bool = False) -> nn.Module:
+    """
+    The model of the one MMSegmentation config whose file name starts with `name`, in evaluation mode.
+
+    All biases, norms and batch-norm statistics are random too. With `small_activations`, patch embeddings and
+    reduction convs are scaled by 0.01, so that every LayerNorm's epsilon shows in the output.
+    """
+    mmseg = import_mmseg()
+    from mmengine import Config
+    from mmseg.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules()
+    folder = Path(mmseg.__file__).parent / ".mim" / "configs" / "twins"
+    paths = [path for path in folder.glob("*.py") if path.stem.startswith(name)]
+    if len(paths) != 1:
+        known = ", ".join(sorted(path.stem for path in folder.glob("twins*.py")))
+        raise SystemExit(f"error: {name} names {len(paths)} configs of {known}")
+    settings = Config.fromfile(paths[0]).model
+    settings.backbone.init_cfg = None
+    for part in settings.values():
+        if isinstance(part, dict) and "norm_cfg" in part and part["norm_cfg"]["type"] == "SyncBN":
+            part["norm_cfg"]["type"] = "BN"
+    if settings.get("norm_cfg"):
+        settings.norm_cfg.type = "BN"
+    settings.data_preprocessor = None
+
+    torch.manual_seed(seed)
+    model = MODELS.build(settings)
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+                module.weight.uniform_(0.5, 1.5)
+            if module_name.endswith("conv_seg"):
+                module.weight.normal_(std=0.2)
+            if getattr(module, "bias", None) is not None:
+                module.bias.normal_(std=0.1)
+        if small_activations:
+            for name, parameter in model.backbone.named_parameters():
+                if name.startswith("patch_embeds") or ".attn.sr." in name:
+                    parameter.mul_(0.01)
+    return model.eval()
+
+
+@torch.inference_mode()
+def outputs_of(model: nn.Module, pixel_values: torch.Tensor) -> dict:
+    """The four feature maps of the encoder, and the logits of the decode head and of the auxiliary head if any."""
+    features = model.backbone(pixel_values)
+    levels = model.neck(features) if model.with_neck else features
+    outputs = {"pixel_values": pixel_values, "features": list(features), "logits": model.decode_head(levels)}
+    if model.with_auxiliary_head:
+        outputs["auxiliary_logits"] = model.auxiliary_head(levels)
+    return outputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="the beginning of a config's name, as twins_svt-s_uperhead")
+    parser.add_argument("out", help="file to write: a checkpoint, with what it computes under `outputs`")
+    parser.add_argument("--sizes", nargs="+", default=["512x512"], metavar="HEIGHTxWIDTH")
+    parser.add_argument("--small-activations", action="store_true", help="let every LayerNorm's epsilon show")
+    args = parser.parse_args()
+
+    model = build(args.config, small_activations=args.small_activations)
+    generator = torch.Generator().manual_seed(1)
+    sizes = [tuple(int(side) for side in size.split("x")) for size in args.sizes]
+    outputs = [outputs_of(model, torch.randn(1, 3, *size, generator=generator)) for size in sizes]
+    version = f"MMSegmentation {import_mmseg().__version__} (torch {torch.__version__})"
+    torch.save({"state_dict": model.state_dict(), "outputs": outputs, "version": version}, args.out)
+
+
+if __name__ == "__main__":
+    main()

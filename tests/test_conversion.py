@@ -1,13 +1,17 @@
 import argparse
 import os
 import pickle
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, TINY, randomize
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
@@ -170,6 +174,49 @@ def test_a_folder_of_timm_is_read_as_it_is(classifier_file, tmp_path):
     convert_checkpoint(tmp_path, tmp_path / "back.safetensors", to="timm")
     back = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(tensor, back[name]) for name, tensor in read_checkpoint(classifier_file).items())
+
+
+def test_a_model_of_timm_is_read_from_the_hub(classifier_file, tmp_path):
+    save_file(read_checkpoint(classifier_file), tmp_path / "model.safetensors")
+    with HubServer() as hub:
+        hub.repositories["timm/twins_pcpvt_small.in1k"] = {
+            "config.json": b'{"architecture": "twins_pcpvt_small", "pretrained_cfg": {"num_classes": 1000}}',
+            "model.safetensors": (tmp_path / "model.safetensors").read_bytes(),
+        }
+        network = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, str(SCRIPT), "timm/twins_pcpvt_small.in1k", str(tmp_path / "converted")]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", **network})
+        command[2:] = ["timm/no_such_model", str(tmp_path / "nothing")]
+        refused = subprocess.run(command, env={**os.environ, **network}, capture_output=True, text=True)
+    model = TwinsForImageClassification.from_pretrained(tmp_path / "converted")
+    official = read_checkpoint(classifier_file)
+    assert all(torch.equal(tensor, official[name]) for name, tensor in export_state_dict(model, "timm").items())
+    assert "timm/twins_pcpvt_small.in1k" in (tmp_path / "converted" / "README.md").read_text()
+    assert refused.returncode == 1 and re.search("error: .*timm/no_such_model", refused.stderr)
+    assert "Traceback" not in refused.stderr and not (tmp_path / "nothing").exists()
+
+
+def test_a_training_checkpoint_of_mmengine_is_read_without_its_log(monkeypatch, tmp_path):
+    """It is pickled with its log buffers, which refer to their methods by `getattr`."""
+    name = "mmengine.logging.history_buffer"
+
+    class HistoryBuffer:
+        def mean(self):
+            return self.log.mean()
+
+        def __getstate__(self):
+            return {"log": np.array([0.5, 0.25]), "methods": {"mean": HistoryBuffer.mean}, "last": np.float64(0.25)}
+
+    for thing, qualified_name in ((HistoryBuffer, "HistoryBuffer"), (HistoryBuffer.mean, "HistoryBuffer.mean")):
+        thing.__module__, thing.__qualname__ = name, qualified_name
+    for depth in (1, 2, 3):
+        monkeypatch.setitem(sys.modules, ".".join(name.split(".")[:depth]), types.ModuleType("stand-in"))
+    sys.modules[name].HistoryBuffer = HistoryBuffer
+    tensors = export_state_dict(tiny("svt", "fpn"), "mmseg")
+    log = {"log_scalars": {"train/loss": HistoryBuffer()}}
+    torch.save({"meta": {"iter": 3}, "state_dict": tensors, "message_hub": log}, tmp_path / "iter_3.pth")
+    read = read_checkpoint(tmp_path / "iter_3.pth")
+    assert all(torch.equal(tensor, read[name]) for name, tensor in tensors.items())
 
 
 def test_what_the_authors_segmentation_checkpoints_carry_unused_is_left_out_and_named():

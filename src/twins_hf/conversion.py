@@ -370,15 +370,21 @@ class HistoryBuffer:
         pass
 
 
+def no_attribute(owner, name: str) -> None:
+    """Stands in for the `getattr` that such a buffer's methods are stored with."""
+
+
 def _inert_classes() -> list:
     """What training checkpoints hold beside tensors and does nothing when it is loaded."""
-    reconstruct = np.zeros(0).__reduce__()[0]
+    reconstruct, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     return [
         argparse.Namespace,
         (HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
+        (no_attribute, "builtins.getattr"),
         (reconstruct, "numpy.core.multiarray._reconstruct"),
         (reconstruct, "numpy._core.multiarray._reconstruct"),
-        (np.core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
         np.ndarray,
         np.dtype,
         *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")},

@@ -349,14 +349,16 @@ class TwinsPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Linear layers: truncated normal. Convolutions: normal by their fan-out. Norms: identity. (Authors' code.)"""
+        """As in the references: linear layers truncated normal, convolutions normal by their fan-out, classifiers of
+        pixels normal with 0.01, norms the identity."""
         if isinstance(module, nn.Linear):
             initialization.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 initialization.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            initialization.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+            std = 0.01 if isinstance(module, TwinsPixelClassifier) else math.sqrt(2.0 / fan_out)
+            initialization.normal_(module.weight, std=std)
             if module.bias is not None:
                 initialization.zeros_(module.bias)
         else:
@@ -518,6 +520,13 @@ class TwinsConvModule(nn.Module):
         return self.activation(self.batch_norm(self.conv(feature_map)))
 
 
+class TwinsPixelClassifier(nn.Conv2d):
+    """Logits of each position, by a 1x1 convolution whose first weights are small."""
+
+    def __init__(self, in_channels: int, num_labels: int):
+        super().__init__(in_channels, num_labels, kernel_size=1)
+
+
 class TwinsAdaptiveAvgPool(nn.Module):
     """Adaptive average pooling to `bins` a side, as products with two small matrices: any size can be exported."""
 
@@ -568,7 +577,7 @@ class TwinsUperNetHead(nn.Module):
         self.fpn_convs = nn.ModuleList(TwinsConvModule(width, width, kernel_size=3) for _ in config.hidden_sizes[:-1])
         self.fpn_bottleneck = TwinsConvModule(len(config.hidden_sizes) * width, width, kernel_size=3)
         self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
-        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)
+        self.classifier = TwinsPixelClassifier(width, config.num_labels)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Maps of the four stages -> logits (B, num_labels, H/4, W/4)."""
@@ -609,7 +618,7 @@ class TwinsSemanticFPNHead(nn.Module):
             for level in range(len(config.hidden_sizes))
         )
         self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
-        self.classifier = nn.Conv2d(width, config.num_labels, kernel_size=1)
+        self.classifier = TwinsPixelClassifier(width, config.num_labels)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Maps of the four stages -> logits (B, num_labels, H/4, W/4)."""
@@ -636,7 +645,7 @@ class TwinsAuxiliaryHead(nn.Module):
         super().__init__()
         self.conv = TwinsConvModule(config.hidden_sizes[2], config.auxiliary_channels, kernel_size=3)
         self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
-        self.classifier = nn.Conv2d(config.auxiliary_channels, config.num_labels, kernel_size=1)
+        self.classifier = TwinsPixelClassifier(config.auxiliary_channels, config.num_labels)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return self.classifier(self.dropout(self.conv(feature_maps[2])))
@@ -661,12 +670,6 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
         self.decode_head = DECODE_HEADS[config.decoder_type](config)
         self.auxiliary_head = TwinsAuxiliaryHead(config) if config.use_auxiliary_head else None
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, (*DECODE_HEADS.values(), TwinsAuxiliaryHead)):
-            initialization.normal_(module.classifier.weight, std=0.01)
 
     @can_return_tuple
     def forward(

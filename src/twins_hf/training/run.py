@@ -186,7 +186,7 @@ def find_pretrained(model_args: ModelArguments, folder: Path) -> dict[str, str |
         return None
     if is_twins(name, revision):
         return {"pretrained_model_name_or_path": name, "revision": revision}
-    logger.info(convert_checkpoint(name, folder / "converted", revision=revision))
+    convert_checkpoint(name, folder / "converted", revision=revision)
     return {"pretrained_model_name_or_path": str(folder / "converted")}
 
 

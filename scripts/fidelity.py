@@ -4,7 +4,7 @@
 python scripts/fidelity.py --mmseg-python mmseg/bin/python
 
 The interpreter is of an environment that has MMSegmentation; scripts/mmseg_reference.py says how to make one.
-timm comes with this package's test extra. All twelve MMSegmentation configs take about 40 minutes on two cores.
+timm comes with this package's test extra. All twelve MMSegmentation configs take about 20 minutes on two cores.
 """
 
 import argparse

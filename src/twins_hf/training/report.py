@@ -16,6 +16,8 @@ from ..evaluation import per_class_table
 if TYPE_CHECKING:
     from .run import Run
 
+DECODER_NAMES = {"upernet": "UPerNet", "fpn": "Semantic FPN"}
+
 
 def scalars(results: dict) -> dict[str, float]:
     return {name: float(value) for name, value in results.items() if np.ndim(value) == 0}
@@ -76,8 +78,8 @@ def write_model_card(prepared: Run, results: dict) -> None:
     lines = [
         f"---\n{card_data.to_yaml()}\n---",
         f"# {prepared.output_dir.resolve().name}",
-        "Twins (arXiv [2104.13840](https://arxiv.org/abs/2104.13840)) with UPerNet for semantic segmentation, trained "
-        "with `twins_hf`.",
+        f"Twins (arXiv [2104.13840](https://arxiv.org/abs/2104.13840)) with {DECODER_NAMES[prepared.model.config.decoder_type]} "
+        "for semantic segmentation, trained with `twins_hf`.",
         "```python\nimport twins_hf\nfrom transformers import pipeline\n\n"
         f'segment = pipeline("image-segmentation", "{prepared.hub_model_id or prepared.output_dir}")\n'
         'segment("photo.jpg")\n```',

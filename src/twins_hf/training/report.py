@@ -74,12 +74,12 @@ def write_model_card(prepared: Run, results: dict) -> None:
     start = model_args.model_name_or_path or f"random weights of {model_args.variant}"
     if model_args.config_overrides:
         start += f" with {model_args.config_overrides}"
-    sizes = prepared.image_processor
+    head, sizes = DECODER_NAMES[prepared.model.config.decoder_type], prepared.image_processor
     lines = [
         f"---\n{card_data.to_yaml()}\n---",
         f"# {prepared.output_dir.resolve().name}",
-        f"Twins (arXiv [2104.13840](https://arxiv.org/abs/2104.13840)) with {DECODER_NAMES[prepared.model.config.decoder_type]} "
-        "for semantic segmentation, trained with `twins_hf`.",
+        f"Twins (arXiv [2104.13840](https://arxiv.org/abs/2104.13840)) with {head} for semantic "
+        "segmentation, trained with `twins_hf`.",
         "```python\nimport twins_hf\nfrom transformers import pipeline\n\n"
         f'segment = pipeline("image-segmentation", "{prepared.hub_model_id or prepared.output_dir}")\n'
         'segment("photo.jpg")\n```',

@@ -2,6 +2,7 @@
 """Image processor of the Twins models on PIL and NumPy, and what it shares with the torchvision one."""
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import PIL.Image
@@ -23,6 +24,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 IGNORE_INDEX = 255
+CHUNK_ELEMENTS = 2**22  # scores at full size that are held at a time in post-processing: 16 MB
 
 
 class TwinsImageProcessorKwargs(ImagesKwargs, total=False):
@@ -30,9 +32,16 @@ class TwinsImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
         Whether 0 in a segmentation map means "unlabelled" and becomes 255, and every other value is lowered by one, as
         ADE20K wants.
+    do_split_image (`bool`, *optional*, defaults to `self.do_split_image`):
+        Whether an image is cut into overlapping windows of `crop_size` after resizing, each a sample of the batch;
+        [`post_process_semantic_segmentation`] merges them again.
+    split_stride (`int`, *optional*, defaults to `self.split_stride`):
+        Distance in pixels between the starts of two windows.
     """
 
     do_reduce_labels: bool
+    do_split_image: bool
+    split_stride: int
 
 
 def fitted_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
@@ -130,6 +139,69 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image
 
 
+def window_slices(size: tuple[int, int], window: tuple[int, int], stride: int) -> list[tuple[slice, slice]]:
+    """
+    Rows and columns of the windows that cover a map of `size` (height, width), row by row. Windows start `stride`
+    apart; the last of a row or column is moved back to the edge. A side shorter than the window has one window of its
+    length.
+    """
+    spans = []
+    for length, side in zip(size, window, strict=True):
+        last = max(0, length - side)
+        spans.append([slice(start, min(start + side, length)) for start in (*range(0, last, stride), last)])
+    return [(rows, columns) for rows in spans[0] for columns in spans[1]]
+
+
+def merge_windows(
+    logits: Iterable[torch.Tensor], slices: list[tuple[slice, slice]], size: tuple[int, int]
+) -> torch.Tensor:
+    """Mean at each position of the windows' logits (num_labels, window height, window width): (num_labels, *size)."""
+    total, count = None, torch.zeros(size)
+    for window, (rows, columns) in zip(logits, slices, strict=True):
+        if total is None:
+            total = window.new_zeros((len(window), *size))
+        total[:, rows, columns] += window
+        count[rows, columns] += 1
+    return total.div_(count.to(total.device))
+
+
+def resize_scores(
+    scores: torch.Tensor,
+    target_size: tuple[int, int] | None,
+    padded_size: tuple[int, int] | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """
+    Scores (num_labels, h, w), float32, resized bilinearly: to the network's input `padded_size`, of which `input_size`
+    is the image, where these are given; then to `target_size`, where it is.
+    """
+    scores = scores.float()
+    if padded_size is not None:
+        scores = nn.functional.interpolate(scores[None], size=padded_size, mode="bilinear", align_corners=False)[0]
+        scores = scores[:, : input_size[0], : input_size[1]]
+    if target_size is not None:
+        scores = nn.functional.interpolate(scores[None], size=target_size, mode="bilinear", align_corners=False)[0]
+    return scores
+
+
+def largest_class(logits: torch.Tensor, target_size: tuple[int, int], *sizes: tuple[int, int]) -> torch.Tensor:
+    """
+    `resize_scores(logits, target_size, *sizes).argmax(0)`, a label map, with only a few of the classes at full size at
+    a time. Each class is resized for itself, so the result is the same.
+    """
+    logits, best = logits.detach(), None
+    chunk = min(max(CHUNK_ELEMENTS // (target_size[0] * target_size[1]), 1), 16)
+    for first in range(0, len(logits), chunk):
+        scaled = resize_scores(logits[first : first + chunk], target_size, *sizes)
+        for class_id, scores in enumerate(scaled, start=first):
+            if best is None:
+                best, label_map = scores, torch.zeros_like(scores, dtype=torch.int64)
+            else:
+                label_map.masked_fill_(scores > best, class_id)
+                best = torch.maximum(best, scores)
+    return label_map
+
+
 class TwinsImageProcessingMixin:
     """
     Preprocessing of images and segmentation maps by the protocol behind the published numbers, and postprocessing of
@@ -155,6 +227,8 @@ class TwinsImageProcessingMixin:
     do_normalize = True
     do_pad = True
     do_reduce_labels = False
+    do_split_image = False
+    split_stride = 341
 
     def preprocess(
         self,
@@ -170,7 +244,7 @@ class TwinsImageProcessingMixin:
 
         Returns:
             [`BatchFeature`]: `pixel_values` (batch_size, 3, height, width), float32, and with `segmentation_maps`
-            `labels` (batch_size, height, width), int64.
+            `labels` (batch_size, height, width), int64; with `do_split_image`, a sample is a window.
 
         Raises:
             `ValueError`: if a file cannot be read, the two lists differ in length, a map and its image in size, or
@@ -223,6 +297,8 @@ class TwinsImageProcessingMixin:
         image_std: float | list[float],
         do_pad: bool,
         pad_size: SizeDict | None,
+        do_split_image: bool,
+        split_stride: int,
         **kwargs,
     ) -> list:
         """Images (C, H, W) in the backend's type -> the same, ready for the model."""
@@ -234,9 +310,8 @@ class TwinsImageProcessingMixin:
                 image = self.resize(image, fitted_size(image.shape[-2:], size))
             if do_center_crop:
                 image = _center_crop(image, crop_size)
-            processed.append(
-                self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-            )
+            image = self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+            processed += _split(image, crop_size, split_stride) if do_split_image else [image]
         return self.pad(processed, pad_size=_padded_size(pad_size, crop_size, do_center_crop)) if do_pad else processed
 
     def _preprocess_labels(
@@ -250,6 +325,8 @@ class TwinsImageProcessingMixin:
         crop_size: SizeDict,
         do_pad: bool,
         pad_size: SizeDict | None,
+        do_split_image: bool,
+        split_stride: int,
         **kwargs,
     ) -> list[np.ndarray]:
         """Segmentation maps -> labels (H, W), with every geometric step that their `images` went through."""
@@ -273,7 +350,7 @@ class TwinsImageProcessingMixin:
                 labels = resize_labels(labels, fitted_size(labels.shape, size))
             if do_center_crop:
                 labels = _center_crop(labels, crop_size)
-            processed.append(labels[None])
+            processed += _split(labels[None], crop_size, split_stride) if do_split_image else [labels[None]]
         if do_pad:
             pad_size = _padded_size(pad_size, crop_size, do_center_crop)
             processed = PilBackend.pad(self, processed, pad_size=pad_size, fill_value=IGNORE_INDEX)
@@ -308,39 +385,57 @@ class TwinsImageProcessingMixin:
             `ValueError`: if the sizes are not as many as the images.
         """
         logits = outputs.logits
-        if target_sizes is None:
-            scores = list(logits)
+        if self.do_split_image:
+            images, sizes = self._merge_images(logits, target_sizes)
+        elif target_sizes is None:
+            images, sizes = logits, [(None,)] * len(logits)
         else:
-            target_sizes = _as_sizes(target_sizes, "target_sizes", len(logits))
-            if input_sizes is not None:
-                input_sizes = _as_sizes(input_sizes, "input_sizes", len(logits))
-            elif self.do_resize and not self.do_center_crop:
-                fitted = [fitted_size(size, self.size) for size in target_sizes]
-                if tuple(-(-max(sides) // 4) for sides in zip(*fitted, strict=True)) == tuple(logits.shape[-2:]):
-                    input_sizes = fitted
-            scores = [
-                self._resize_logits(logits[index], target_size, index, input_sizes)
-                for index, target_size in enumerate(target_sizes)
+            images, sizes = logits, self._sizes(logits, target_sizes, input_sizes)
+        if return_segmentation_scores:
+            scores = [resize_scores(image, *image_sizes) for image, image_sizes in zip(images, sizes, strict=True)]
+            return [
+                SemanticSegmentationPostProcessorOutput(
+                    data={"segmentation": score.argmax(dim=0), "segmentation_scores": score}
+                )
+                for score in scores
             ]
-        if not return_segmentation_scores:
-            return [score.argmax(dim=0) for score in scores]
         return [
-            SemanticSegmentationPostProcessorOutput(
-                data={"segmentation": score.argmax(dim=0), "segmentation_scores": score}
-            )
-            for score in scores
+            image.argmax(dim=0) if image_sizes[0] is None else largest_class(image, *image_sizes)
+            for image, image_sizes in zip(images, sizes, strict=True)
         ]
 
-    @staticmethod
-    def _resize_logits(logits, target_size, index, input_sizes):
-        """Logits (num_labels, h, w) of one image -> (num_labels, *target_size)."""
-        logits = logits[None].float()
+    def _sizes(self, logits: torch.Tensor, target_sizes, input_sizes) -> list[tuple[tuple[int, int], ...]]:
+        """What [`resize_scores`] resizes each image's logits to."""
+        target_sizes = _as_sizes(target_sizes, "target_sizes", len(logits))
         if input_sizes is not None:
-            batch_size = [max(sides) for sides in zip(*input_sizes, strict=True)]
-            height, width = input_sizes[index]
-            logits = nn.functional.interpolate(logits, size=batch_size, mode="bilinear", align_corners=False)
-            logits = logits[..., :height, :width]
-        return nn.functional.interpolate(logits, size=target_size, mode="bilinear", align_corners=False)[0]
+            input_sizes = _as_sizes(input_sizes, "input_sizes", len(logits))
+        elif self.do_resize and not self.do_center_crop:
+            fitted = [fitted_size(size, self.size) for size in target_sizes]
+            if tuple(-(-max(sides) // 4) for sides in zip(*fitted, strict=True)) == tuple(logits.shape[-2:]):
+                input_sizes = fitted
+        if input_sizes is None:
+            return [(size,) for size in target_sizes]
+        padded_size = tuple(max(sides) for sides in zip(*input_sizes, strict=True))
+        return [(target, padded_size, size) for target, size in zip(target_sizes, input_sizes, strict=True)]
+
+    def _merge_images(self, logits: torch.Tensor, target_sizes):
+        """The windows' logits put together, (num_labels, height, width) of each resized image, and its target size."""
+        if target_sizes is None or self.do_center_crop:
+            raise ValueError("merging the windows of `do_split_image` needs target_sizes, and no `do_center_crop`.")
+        target_sizes = _as_sizes(target_sizes, "target_sizes", len(target_sizes))
+        fitted = [fitted_size(size, self.size) if self.do_resize else size for size in target_sizes]
+        window = (self.crop_size["height"], self.crop_size["width"])
+        slices = [window_slices(size, window, self.split_stride) for size in fitted]
+        num_windows = sum(map(len, slices))
+        if num_windows != len(logits):
+            raise ValueError(f"target_sizes={target_sizes} have {num_windows} windows, but logits have {len(logits)}.")
+        padded_size = tuple(max(min(size[axis], window[axis]) for size in fitted) for axis in (0, 1))
+        images, windows = [], iter(logits)
+        for size, image_slices in zip(fitted, slices, strict=True):
+            input_size = tuple(min(side, limit) for side, limit in zip(size, window, strict=True))
+            scores = (resize_scores(next(windows), None, padded_size, input_size) for _ in image_slices)
+            images.append(merge_windows(scores, image_slices, size))
+        return images, [(size,) for size in target_sizes]
 
 
 def _center_crop(array, crop_size: SizeDict):
@@ -348,6 +443,12 @@ def _center_crop(array, crop_size: SizeDict):
     height, width = array.shape[-2:]
     top, left = max(0, height - crop_size.height) // 2, max(0, width - crop_size.width) // 2
     return array[..., top : top + crop_size.height, left : left + crop_size.width]
+
+
+def _split(array, crop_size: SizeDict, stride: int) -> list:
+    """The windows of an array (C, H, W)."""
+    slices = window_slices(tuple(array.shape[-2:]), (crop_size.height, crop_size.width), stride)
+    return [array[:, rows, columns] for rows, columns in slices]
 
 
 def _padded_size(pad_size: SizeDict | None, crop_size: SizeDict, do_center_crop: bool) -> SizeDict | None:

@@ -1,7 +1,7 @@
 """Pictures of segmentations: a palette, overlays and a legend."""
 
 import colorsys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import PIL.Image
@@ -76,4 +76,46 @@ def comparison(
         top = image.height + MARGIN + line * (1 + position // columns)
         draw.rectangle((left, top + 3, left + 14, top + 17), fill=tuple(colors[class_id].tolist()))
         draw.text((left + line, top), name, fill="black", font=font)
+    return picture
+
+
+def bar_chart(names: Sequence[str], values: Sequence[float]) -> PIL.Image.Image:
+    """Horizontal bars of values in [0, 1], the largest first, each with its name and percentage; nan is left out."""
+    rows = sorted(((value, name) for name, value in zip(names, values, strict=True) if value == value), reverse=True)
+    font, line, length = ImageFont.load_default(size=13), 18, 400
+    left = MARGIN + max((int(font.getlength(name)) for _, name in rows), default=0) + MARGIN
+    picture = PIL.Image.new("RGB", (left + length + 5 * MARGIN, 2 * MARGIN + line * len(rows)), "white")
+    draw = ImageDraw.Draw(picture)
+    for position, (value, name) in enumerate(rows):
+        top = MARGIN + position * line
+        draw.text((left - MARGIN, top + line // 2), name, fill="black", font=font, anchor="rm")
+        draw.rectangle((left, top + 2, left + round(length * value), top + line - 3), fill=(70, 110, 180))
+        text = f"{100 * value:.1f}"
+        draw.text((left + round(length * value) + 5, top + line // 2), text, fill="black", font=font, anchor="lm")
+    return picture
+
+
+def confusion_picture(matrix: np.ndarray, names: Sequence[str]) -> PIL.Image.Image:
+    """
+    A confusion matrix, pixels (label, prediction), as a grid: rows are labels, columns predictions in the same order,
+    and the darker a cell, the larger its share of the row. Classes that occur in neither are left out.
+    """
+    occurs = (matrix.sum(axis=0) + matrix.sum(axis=1)) > 0
+    matrix, names = matrix[np.ix_(occurs, occurs)], [name for name, shown in zip(names, occurs, strict=True) if shown]
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    cell = 14 if len(names) > 40 else 22
+    font = ImageFont.load_default(size=cell - 4)
+    left = 2 * MARGIN + max((int(font.getlength(name)) for name in names), default=0)
+    grey = (255 * (1 - np.sqrt(shares))).round().astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
+    picture = PIL.Image.new("RGB", (left + grey.shape[1] + MARGIN, left + grey.shape[0] + MARGIN), "white")
+    picture.paste(PIL.Image.fromarray(grey), (left, left))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((left - 1, left - 1, left + grey.shape[1], left + grey.shape[0]), outline="black")
+    column_names = PIL.Image.new("RGB", (left - MARGIN, grey.shape[0]), "white")
+    column_draw = ImageDraw.Draw(column_names)
+    for position, name in enumerate(names):
+        middle = position * cell + cell // 2
+        draw.text((left - MARGIN // 2, left + middle), name, fill="black", font=font, anchor="rm")
+        column_draw.text((0, middle), name, fill="black", font=font, anchor="lm")
+    picture.paste(column_names.transpose(PIL.Image.Transpose.ROTATE_90), (left, MARGIN // 2))
     return picture

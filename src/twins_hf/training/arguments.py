@@ -94,8 +94,18 @@ class TrainingArguments:
     save_steps: int | None = option(None, "Iterations between checkpoints (default: none).")
     save_total_limit: int | None = option(None, "Keep only the newest so many checkpoints.")
     resume_from_checkpoint: str | None = option(None, "Checkpoint folder to go on from, or 'latest'.")
+    inference_mode: str = option(
+        "whole", "Evaluate images whole, or in windows of the crop size that slide.", choices=["whole", "slide"]
+    )
+    scales: list[float] = option([1.0], "Scales whose mean is evaluated; published: 0.5 0.75 1.0 1.25 1.5 1.75.")
+    flip: bool = option(False, "Evaluate each scale mirrored too.")
+    save_predictions: bool = option(
+        False, "With --eval_only: save label maps as PNG in the values of the dataset's masks (ADE20K: 1 to 150)."
+    )
     metric: str = option(MEAN_IOU, "What evaluate.load takes: a path, or 'mean_iou' for the Hub's own.")
-    num_pictures: int = option(4, "Validation images drawn beside truth and prediction.")
+    num_pictures: int = option(
+        4, "Validation images drawn beside truth and prediction; with --eval_only, the worst so many too."
+    )
     dataloader_num_workers: int | None = option(
         None,
         "Workers per process that decode and augment (default: 4 beside a GPU, none beside a CPU they would slow).",
@@ -186,6 +196,10 @@ def find_problem(model_args: ModelArguments, data_args: DataArguments, training_
         return f"--warmup_steps {training_args.warmup_steps} must lie between 0 and --max_steps."
     if training_args.eval_only and model_args.model_name_or_path is None:
         return "--eval_only needs --model_name_or_path."
+    if not training_args.scales or min(training_args.scales) <= 0:
+        return f"--scales {training_args.scales} must be positive."
+    if training_args.save_predictions and not training_args.eval_only:
+        return "--save_predictions goes with --eval_only."
     if training_args.eval_only and training_args.push_to_hub:
         return "--push_to_hub uploads a trained model: it does not go with --eval_only."
     if model_args.config_overrides is not None:

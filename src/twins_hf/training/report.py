@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.loading import SegmentationData
 from ..evaluation import per_class_table
+from ..visualization import bar_chart, confusion_picture
 
 if TYPE_CHECKING:
     from .run import Run
@@ -24,7 +25,7 @@ def scalars(results: dict) -> dict[str, float]:
 
 
 def write_results(prepared: Run, results: dict) -> None:
-    """`all_results.json` and `per_class.md`."""
+    """`all_results.json`, `per_class.md`, and pictures of both the classes' IoU and the confusion matrix."""
     names = list(prepared.data.id2label.values())
     stored = scalars(results)
     for key in ("eval_per_category_iou", "eval_per_category_accuracy"):
@@ -34,6 +35,11 @@ def write_results(prepared: Run, results: dict) -> None:
     (prepared.output_dir / "all_results.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
     table = class_table(results, prepared.data)
     (prepared.output_dir / "per_class.md").write_text(table + "\n", encoding="utf-8")
+    short_names = [name.split(",")[0] for name in names]
+    bar_chart(short_names, results["eval_per_category_iou"]).save(prepared.output_dir / "per_class.png")
+    if "eval_confusion_matrix" in results:
+        matrix = results["eval_confusion_matrix"]
+        confusion_picture(matrix[:, : len(names)], short_names).save(prepared.output_dir / "confusion_matrix.png")
 
 
 def class_table(results: dict, data: SegmentationData) -> str:

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 
 from ..configuration_twins import TwinsConfig
 from ..conversion import convert_checkpoint, is_twins
+from ..data.ade20k import ADE20K_CLASSES
 from ..data.loading import SegmentationData, check_examples, load_segmentation_data, read_example, undecoded
 from ..data.transforms import SegmentationTrainTransform
-from ..evaluation import evaluate_segmentation
+from ..evaluation import authors_mean_iou, evaluate_segmentation
 from ..image_processing_twins import TwinsImageProcessor
 from ..modeling_twins import TwinsForSemanticSegmentation
 from ..publishing import add_model_code
@@ -454,12 +455,20 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit
 
 
 def score(prepared: Run) -> dict:
-    """Scores on the validation split, the names prefixed `eval_`; draws the overlays."""
+    """Scores on the validation split, the names prefixed `eval_`; draws overlays. With `--eval_only` draws the worst
+    images too, and goes on with an evaluation that was stopped."""
     args, accelerator = prepared.args, prepared.accelerator
     for buffer in prepared.model.buffers():  # batch norm's statistics differ between processes that train
         buffer.copy_(broadcast(buffer))
     picture_folder = prepared.output_dir / "overlays"
     picture_folder.mkdir(exist_ok=True)
+    folders = {}
+    if args.eval_only:
+        folders = {
+            "worst_folder": prepared.output_dir / "worst",
+            "log_folder": prepared.output_dir / "evaluation-in-progress",
+            "prediction_folder": prepared.output_dir / "predictions" if args.save_predictions else None,
+        }
     started = time.perf_counter()
     results = evaluate_segmentation(
         prepared.model,
@@ -469,14 +478,20 @@ def score(prepared: Run) -> dict:
         metric=args.metric,
         batch_size=args.per_device_eval_batch_size,
         num_workers=num_workers(prepared),
+        mode=args.inference_mode,
+        scales=args.scales,
+        flip=args.flip,
         picture_folder=picture_folder,
         num_pictures=args.num_pictures,
+        **folders,
     )
     runtime = time.perf_counter() - started
     logger.info(
         f"mean IoU {100 * results['mean_iou']:.2f}, mean accuracy {100 * results['mean_accuracy']:.2f}, "
         f"pixel accuracy {100 * results['overall_accuracy']:.2f}"
     )
+    if "confusion_matrix" in results and list(prepared.data.id2label.values()) == list(ADE20K_CLASSES):
+        results["mean_iou_authors"] = authors_mean_iou(results["confusion_matrix"])
     num_images = len(prepared.data.splits["validation"])
     results |= {"runtime": runtime, "samples": num_images, "samples_per_second": num_images / runtime}
     return {f"eval_{name}": value for name, value in results.items()}

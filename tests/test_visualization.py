@@ -1,7 +1,7 @@
 import numpy as np
 import PIL.Image
 
-from twins_hf.visualization import comparison, overlay, palette
+from twins_hf.visualization import bar_chart, comparison, confusion_picture, overlay, palette
 
 
 def test_colours_are_distinct():
@@ -31,3 +31,22 @@ def test_a_comparison_shows_photo_truth_prediction_and_a_legend():
         tuple(np.asarray(overlay(image, prediction, colors))[0, 0]),
     ]
     assert comparison(image, prediction, names).width < picture.shape[1]
+
+
+def test_a_bar_chart_has_the_longest_bar_on_top_and_leaves_absent_classes_out():
+    picture = np.asarray(bar_chart(["wall", "sky", "tree"], [0.25, float("nan"), 0.75]))
+    blue = (picture == (70, 110, 180)).all(-1)
+    lengths = [int(row.sum()) for row in blue if row.any()]
+    assert set(lengths) == {301, 101} and lengths[0] == 301
+
+
+def test_a_confusion_matrix_is_dark_where_pixels_are():
+    matrix = np.array([[8, 2, 0], [0, 0, 0], [5, 0, 5]])
+    picture = np.asarray(confusion_picture(matrix[:, [0, 1, 2]], ["wall", "sky", "tree"]).convert("L"))
+    cell = 22
+    left = picture.shape[1] - 12 - 3 * cell
+    shades = picture[left + cell // 2 :: cell, left + cell // 2 :: cell][:3, :3]
+    expected = 255 * (1 - np.sqrt([[0.8, 0.2, 0], [0, 0, 0], [0.5, 0, 0.5]]))
+    np.testing.assert_allclose(shades, expected, atol=1)
+    without_sky = confusion_picture(np.array([[8, 0, 1], [0, 0, 0], [5, 0, 5]]), ["wall", "sky", "tree"])
+    assert without_sky.width == picture.shape[1] - cell  # it neither occurs nor is predicted

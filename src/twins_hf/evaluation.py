@@ -89,7 +89,9 @@ class EvaluationLog:
     def remove(self) -> None:
         """After the last image: what was logged is in the scores."""
         self.file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder)
+        if not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
 
 
 class WorstImages:

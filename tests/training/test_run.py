@@ -115,6 +115,36 @@ def test_eval_only_repeats_the_score_of_the_run(trained, tmp_path):
     assert finished.returncode == 0, finished.stderr[-3000:]
     expected = {name: value for name, value in results_of(folder).items() if name.startswith("eval_")}
     assert results_of(tmp_path / "scores") == expected
+    for picture in ("per_class.png", "confusion_matrix.png", "worst"):
+        assert (tmp_path / "scores" / picture).exists()
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(trained, tmp_path):
+    """By multi-scale windows, with label maps saved."""
+    photos, folder, _ = trained
+    changed = {"eval_only": "true", "model_name_or_path": folder, "inference_mode": "slide", "flip": "true"}
+    scales = ["--scales", "1.0", "1.5"]
+    words = [options(photos, tmp_path / name, config_overrides=None, **changed) + scales for name in ("one", "two")]
+    assert launch(*words[0], "--save_predictions", "true").returncode == 0
+    values = np.unique(
+        [np.unique(PIL.Image.open(path)).max() for path in (tmp_path / "one" / "predictions").iterdir()]
+    )
+    assert values.max() <= 2 and len(list((tmp_path / "one" / "predictions").iterdir())) == 2
+
+    kill = (  # when the first image has been written down
+        "import os, runpy, sys, twins_hf.evaluation as evaluation\n"
+        "add = evaluation.EvaluationLog.add\n"
+        "evaluation.EvaluationLog.add = lambda *args: (add(*args), os.kill(os.getpid(), 9))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", kill, str(SCRIPT), *words[1]], env=environment, capture_output=True)
+    assert killed.returncode == -9
+    finished = launch(*words[1])
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
+    assert not (tmp_path / "two" / "evaluation-in-progress").exists()
 
 
 def test_two_processes_score_exactly_as_one_also_on_an_uneven_set(trained, tmp_path):
@@ -124,7 +154,8 @@ def test_two_processes_score_exactly_as_one_also_on_an_uneven_set(trained, tmp_p
         source = tmp_path / "photos" / kind
         shutil.copy(source / "training" / "photo_3.png", source / "validation" / "photo_9.png")
     shared = {"config_overrides": None, "eval_only": "true", "model_name_or_path": folder}
-    for processes in (1, 2):
+    for processes, batch_size in ((1, 4), (2, 1)):
+        shared["per_device_eval_batch_size"] = batch_size
         words = options(tmp_path / "photos", tmp_path / f"scores_{processes}", **shared)
         finished = launch(*words, processes=processes)
         assert finished.returncode == 0, finished.stderr[-3000:]

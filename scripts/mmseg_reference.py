@@ -1,15 +1,18 @@
 """
-MMSegmentation's Twins with seeded random weights, and what they compute: for `fidelity.py` to hold ours against.
-It runs in an environment of its own, since MMSegmentation needs older packages than twins_hf:
+MMSegmentation's Twins with seeded random weights, what they compute, and how long it takes: for `fidelity.py` and
+`benchmark.py` to hold ours against. It runs in an environment of its own, since MMSegmentation needs older packages:
 
     python -m venv mmseg
     mmseg/bin/pip install torch mmcv-lite==2.1.0 mmengine==0.10.7 mmsegmentation==1.2.2 "numpy<2.3" "setuptools<81" \
         ftfy regex
     mmseg/bin/python scripts/mmseg_reference.py twins_svt-s_uperhead svt-s.pth --sizes 512x512 448x700
+
+With `--serve IMAGE` it reads the names of stages from its standard input and answers each with the seconds it took.
 """
 
 import argparse
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -38,6 +41,16 @@ def import_mmseg():
     return mmseg
 
 
+def find_config(name: str) -> Path:
+    """The one config whose file name starts with `name`."""
+    folder = Path(import_mmseg().__file__).parent / ".mim" / "configs" / "twins"
+    paths = [path for path in folder.glob("*.py") if path.stem.startswith(name)]
+    if len(paths) != 1:
+        known = ", ".join(sorted(path.stem for path in folder.glob("twins*.py")))
+        raise SystemExit(f"error: {name} names {len(paths)} configs of {known}")
+    return paths[0]
+
+
 def build(name: str, seed: int = 0, small_activations: bool = False) -> nn.Module:
     """
     The model of the one MMSegmentation config whose file name starts with `name`, in evaluation mode.
@@ -45,18 +58,13 @@ def build(name: str, seed: int = 0, small_activations: bool = False) -> nn.Modul
     All biases, norms and batch-norm statistics are random too. With `small_activations`, patch embeddings and
     reduction convs are scaled by 0.01, so that every LayerNorm's epsilon shows in the output.
     """
-    mmseg = import_mmseg()
+    import_mmseg()
     from mmengine import Config
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
 
     register_all_modules()
-    folder = Path(mmseg.__file__).parent / ".mim" / "configs" / "twins"
-    paths = [path for path in folder.glob("*.py") if path.stem.startswith(name)]
-    if len(paths) != 1:
-        known = ", ".join(sorted(path.stem for path in folder.glob("twins*.py")))
-        raise SystemExit(f"error: {name} names {len(paths)} configs of {known}")
-    settings = Config.fromfile(paths[0]).model
+    settings = Config.fromfile(find_config(name)).model
     settings.backbone.init_cfg = None
     for part in settings.values():
         if isinstance(part, dict) and "norm_cfg" in part and part["norm_cfg"]["type"] == "SyncBN":
@@ -96,15 +104,62 @@ def outputs_of(model: nn.Module, pixel_values: torch.Tensor) -> dict:
     return outputs
 
 
+@torch.inference_mode()
+def serve(model: nn.Module, config: str, image: str) -> None:
+    """Times stages of an evaluation of `image`, one a line of standard input, until it ends."""
+    import_mmseg()
+    from mmcv.transforms import Compose
+    from mmengine import Config
+    from mmseg.evaluation.metrics import IoUMetric
+
+    steps = Config.fromfile(find_config(config)).test_pipeline
+    pipeline = Compose([step for step in steps if step["type"] != "LoadAnnotations"])
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+
+    def preprocess():
+        packed = pipeline({"img_path": image, "img_id": 0})
+        pixels = packed["inputs"].flip(0).float()
+        return ((pixels - mean[:, None, None]) / std[:, None, None])[None], packed["data_samples"].ori_shape[:2]
+
+    def forward():
+        features = model.backbone(pixel_values)
+        return model.decode_head(model.neck(features) if model.with_neck else features)
+
+    def postprocess():
+        scores = logits
+        for size in (pixel_values.shape[-2:], original_size):
+            scores = nn.functional.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+        return scores[0].argmax(0)
+
+    def metric():
+        return IoUMetric.intersect_and_union(label_map, labels, logits.shape[1], 255)
+
+    pixel_values, original_size = preprocess()
+    logits = forward()
+    label_map = postprocess()
+    labels = torch.randint(0, logits.shape[1], label_map.shape)
+    stages = {"preprocessing": preprocess, "forward": forward, "post-processing": postprocess, "metric": metric}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        stages[line.strip()]()
+        print(time.perf_counter() - started, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the beginning of a config's name, as twins_svt-s_uperhead")
     parser.add_argument("out", help="file to write: a checkpoint, with what it computes under `outputs`")
     parser.add_argument("--sizes", nargs="+", default=["512x512"], metavar="HEIGHTxWIDTH")
+    parser.add_argument("--serve", metavar="IMAGE", help="write weights alone, then time stages")
     parser.add_argument("--small-activations", action="store_true", help="let every LayerNorm's epsilon show")
     args = parser.parse_args()
 
     model = build(args.config, small_activations=args.small_activations)
+    if args.serve is not None:
+        torch.save({"state_dict": model.state_dict()}, args.out)
+        serve(model, args.config, args.serve)
+        return
     generator = torch.Generator().manual_seed(1)
     sizes = [tuple(int(side) for side in size.split("x")) for size in args.sizes]
     outputs = [outputs_of(model, torch.randn(1, 3, *size, generator=generator)) for size in sizes]

@@ -274,3 +274,35 @@ def test_sizes_that_are_not_as_many_as_the_images_are_refused(processor_class):
         processor_class().post_process_semantic_segmentation(outputs, [(8, 8)])
     with pytest.raises(ValueError, match="input_sizes has 3 entries for 2 images"):
         processor_class().post_process_semantic_segmentation(outputs, [(8, 8)] * 2, [(8, 8)] * 3)
+
+
+MEASURE = """
+import resource, torch
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from twins_hf import TwinsImageProcessor
+logits = torch.randn(1, 150, 128, 171)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+TwinsImageProcessor().post_process_semantic_segmentation(SemanticSegmenterOutput(logits=logits), [(1500, 2000)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_large_photograph_is_post_processed_in_little_memory():
+    """All classes at full size at once would be 1.8 GB."""
+    finished = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert int(finished.stdout) * 1024 < 0.4e9
+
+
+def test_windows_are_cut_with_their_labels_and_their_number_is_checked(processor_class):
+    settings = {"size": {"shortest_edge": 64, "longest_edge": 256}, "crop_size": {"height": 48, "width": 48}}
+    processor = processor_class(**settings, split_stride=32, do_split_image=True)
+    image, labels = np.zeros((64, 80, 3), np.uint8), np.arange(64 * 80).reshape(64, 80) % 7
+    inputs = processor(image, labels, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (4, 3, 48, 48)  # rows from 0 and 16, columns from 0 and 32
+    for window, (top, left) in zip(inputs["labels"], [(0, 0), (0, 32), (16, 0), (16, 32)], strict=True):
+        np.testing.assert_array_equal(window, labels[top : top + 48, left : left + 48])
+    outputs = SemanticSegmenterOutput(logits=torch.zeros(3, 5, 12, 12))
+    with pytest.raises(ValueError, match="have 4 windows, but logits have 3"):
+        processor.post_process_semantic_segmentation(outputs, [(64, 80)])
+    with pytest.raises(ValueError, match="needs target_sizes"):
+        processor.post_process_semantic_segmentation(outputs)

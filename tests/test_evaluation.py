@@ -160,6 +160,17 @@ def test_predictions_are_saved_in_the_values_of_the_masks(
     np.testing.assert_array_equal(np.asarray(saved), expected.numpy() + do_reduce_labels)
 
 
+def test_label_maps_that_would_replace_each_other_are_refused(tiny_model, processor, image_folder, tmp_path):
+    for kind in ("images", "annotations"):
+        (image_folder / kind / "training" / "more").mkdir()
+        (image_folder / kind / "training" / "photo_1.png").rename(
+            image_folder / kind / "training" / "more" / "photo_0.png"
+        )
+    data = load_segmentation_data(str(image_folder))
+    with pytest.raises(ValueError, match="2 images are called photo_0"):
+        evaluate_segmentation(tiny_model, processor, data, "train", prediction_folder=tmp_path / "predictions")
+
+
 def test_the_authors_mean_takes_six_classes_into_those_before():
     rng = np.random.default_rng(0)
     labels, predictions = (rng.integers(0, 150, 50_000) for _ in range(2))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .data.loading import SegmentationData, read_example, undecoded
+from .data.loading import SegmentationData, example_name, read_example, undecoded
 from .image_processing_pil_twins import IGNORE_INDEX
 from .inference import InferenceMode, predict_label_maps, prepare_scales
 from .metrics.mean_iou.mean_iou import confusion_matrix, iou_scores
@@ -161,7 +162,8 @@ def evaluate_segmentation(
         library's metric, `confusion_matrix` (label, prediction; int64 pixels); in every process.
 
     Raises:
-        `ValueError`: if the model has another number of classes than the dataset, or a file cannot be used.
+        `ValueError`: if the model has another number of classes than the dataset, a file cannot be used, or two images
+            of one name are to be saved.
     """
     num_labels = len(data.id2label)
     if model.config.num_labels != num_labels:
@@ -178,6 +180,7 @@ def evaluate_segmentation(
     worst = WorstImages(worst_folder, num_pictures) if worst_folder is not None and is_streaming else None
     if prediction_folder is not None:
         prediction_folder.mkdir(parents=True, exist_ok=True)
+        check_names(data, split)
 
     remaining = [index for index in range(num_images) if index not in done]
     indices = remaining[accelerator.process_index :: accelerator.num_processes]
@@ -190,6 +193,7 @@ def evaluate_segmentation(
     was_training = model.training
     model.eval()
     pairs, matrix = [], np.zeros((num_labels, num_labels + 1), np.int64)
+    before = sum((confusion_matrix(np.array(rows), num_labels, IGNORE_INDEX) for rows in done.values()), 0 * matrix)
     progress = tqdm(
         total=math.ceil(num_images / accelerator.num_processes),
         initial=len(done) // accelerator.num_processes,
@@ -213,11 +217,9 @@ def evaluate_segmentation(
                 histogram = scorer.histogram
                 image_matrix = confusion_matrix(histogram, num_labels, IGNORE_INDEX)
                 matrix += image_matrix
-                if log is not None:
-                    log.add(index, histogram)
                 if worst is not None and image_matrix.any():
                     worst.add(iou_scores(image_matrix)["mean_iou"], name, draw)
-                progress.set_postfix(mean_iou=f"{100 * iou_scores(matrix)['mean_iou']:.2f}")
+                progress.set_postfix(mean_iou=f"{100 * iou_scores(before + matrix)['mean_iou']:.2f}")
             else:
                 pairs.append((prediction, reference))
             if picture_folder is not None and index < num_pictures:
@@ -225,6 +227,8 @@ def evaluate_segmentation(
             if prediction_folder is not None:
                 values = (prediction + data.do_reduce_labels).astype(np.uint8)
                 PIL.Image.fromarray(values).save(prediction_folder / f"{name}.png")
+            if log is not None:  # last: what it holds is not done again
+                log.add(index, histogram)
             progress.update()
     progress.close()
     model.train(was_training)
@@ -234,9 +238,7 @@ def evaluate_segmentation(
             scorer.add(prediction=prediction, reference=reference)
         return scorer.compute(num_labels=num_labels, ignore_index=IGNORE_INDEX)
 
-    matrix = sum(gather_object([matrix]))
-    for histogram in done.values():
-        matrix = matrix + confusion_matrix(np.array(histogram), num_labels, IGNORE_INDEX)
+    matrix = before + sum(gather_object([matrix]))
     labels, predictions = np.nonzero(matrix)
     values = np.where(predictions < num_labels, predictions, IGNORE_INDEX)
     scorer.histogram = np.column_stack([labels, values, matrix[labels, predictions]])
@@ -247,6 +249,17 @@ def evaluate_segmentation(
         if log is not None:
             log.remove()
     return {**results, "confusion_matrix": matrix}
+
+
+def check_names(data: SegmentationData, split: str) -> None:
+    """
+    Raises:
+        `ValueError`: if two images have one name, so that the label map of one would replace the other's.
+    """
+    names = Counter(Path(example_name(row, index)).stem for index, row in enumerate(undecoded(data.splits[split])))
+    name, count = max(names.items(), key=lambda item: item[1])
+    if count > 1:
+        raise ValueError(f"{data.name}: {count} images are called {name}, so that their label maps cannot be saved.")
 
 
 def digest(model: PreTrainedModel, settings: list) -> str:

@@ -159,11 +159,12 @@ def test_an_unknown_mode_is_refused(tiny_model, processor):
         segment(tiny_model, processor, photos()[:1], mode="tiles")
 
 
-def test_files_and_arrays_give_what_the_image_gives(tiny_model, processor, tmp_path):
+def test_files_arrays_and_tensors_give_what_the_image_gives(tiny_model, processor, tmp_path):
     image = photos()[0]
     image.save(tmp_path / "photo.png")
-    expected, *others = segment(tiny_model, processor, [image, str(tmp_path / "photo.png"), np.asarray(image)])
-    assert all((other == expected).float().mean() > 0.999 for other in others)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    expected, *others = segment(tiny_model, processor, [image, str(tmp_path / "photo.png"), np.array(image), tensor])
+    assert len(others) == 3 and all(torch.equal(other, expected) for other in others)
 
 
 def test_the_pipeline_gives_the_same_label_map_from_a_saved_folder(tiny_model, processor, tmp_path, capfd):

@@ -69,6 +69,12 @@ class MMSegmentation:
         return float(self.process.stdout.readline())
 
 
+def segments(size: tuple[int, int], num_labels: int) -> np.ndarray:
+    """A label map (height, width) of patches of about 24 pixels a side; a model with random weights gives noise."""
+    patches = np.random.default_rng(0).integers(0, num_labels, [side // 24 + 1 for side in size])
+    return patches.repeat(24, axis=0).repeat(24, axis=1)[: size[0], : size[1]]
+
+
 def our_stages(model: TwinsForSemanticSegmentation, image: str) -> dict[str, Callable[[], object]]:
     image_processor, metric = TwinsImageProcessor(), evaluate.load(MEAN_IOU)
 
@@ -86,8 +92,8 @@ def our_stages(model: TwinsForSemanticSegmentation, image: str) -> dict[str, Cal
 
     pixel_values, original_size = preprocess(), open_image(image).size[::-1]
     logits, input_size = forward(), tuple(pixel_values.shape[-2:])
-    label_map = postprocess().numpy()
-    labels = np.random.default_rng(0).integers(0, model.config.num_labels, label_map.shape)
+    labels = segments(original_size, model.config.num_labels)
+    label_map = np.roll(labels, 5, axis=1)
     return {
         "preprocessing": preprocess,
         "forward": forward,

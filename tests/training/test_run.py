@@ -217,7 +217,13 @@ def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
         assert finished.returncode == 0, finished.stderr[-3000:]
         files = hub.repositories["tester/shapes"]
         expected = {"model.safetensors", "config.json", "preprocessor_config.json", "all_results.json", "README.md"}
-        expected |= {"per_class.md", "overlays/photo_0.png", *(f"{name}.py" for name in CODE)}
+        expected |= {
+            "per_class.md",
+            "per_class.png",
+            "confusion_matrix.png",
+            "overlays/photo_0.png",
+            *(f"{name}.py" for name in CODE),
+        }
         assert files.keys() == expected
         environment = {**os.environ, **network, "HF_HOME": str(tmp_path / "cache")}
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "loaded")], env=environment, check=True)

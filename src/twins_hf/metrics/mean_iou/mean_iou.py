@@ -158,20 +158,35 @@ def _count(predictions, references):
     for i, (prediction, label) in enumerate(zip(predictions, references, strict=True)):
         if prediction.shape != label.shape:
             raise ValueError(f"predictions[{i}] has the shape {prediction.shape}, references[{i}] {label.shape}")
+        label, prediction, pixels = _runs(label, prediction)
         # the OR of all values is within 0..255 if and only if each of them is, and is cheaper than their extremes
         if all(0 <= np.bitwise_or.reduce(m, axis=None) < _SIDE for m in (label, prediction)):
-            pairs = label.ravel().astype(np.uint16)  # bincount widens it, still faster than computing in 64 bits
+            pairs = label.astype(np.uint16)  # bincount widens it, still faster than computing in 64 bits
             pairs *= _SIDE
-            pairs += prediction.ravel().astype(np.uint16, copy=False)
-            table += np.bincount(pairs, minlength=_SIDE**2)
+            pairs += prediction.astype(np.uint16, copy=False)
+            table += np.bincount(pairs, pixels, minlength=_SIDE**2).astype(np.int64, copy=False)
         else:
             for name, m in (("predictions", prediction), ("references", label)):
                 if int(m.min()) < -(2**31) or int(m.max()) >= 2**31:
                     raise ValueError(f"{name}[{i}] holds values of more than 32 bits: {m.min()} to {m.max()}")
             pairs = (label.astype(np.int64) << 32) | (prediction.astype(np.int64) & 0xFFFFFFFF)
-            pairs, pixels = np.unique(pairs, return_counts=True)
-            rows.append(np.column_stack([pairs >> 32, pairs.astype(np.int32), pixels]))
+            pairs, place = np.unique(pairs, return_inverse=True)
+            rows.append(
+                np.column_stack([pairs >> 32, pairs.astype(np.int32), np.bincount(place, pixels).astype(np.int64)])
+            )
     return table, np.concatenate(rows)
+
+
+def _runs(label, prediction):
+    """Values and lengths of the runs of equal pairs that two maps consist of; of noise, all values and `None`."""
+    label, prediction = label.ravel(), prediction.ravel()
+    is_end = np.ones(label.size, bool)
+    np.not_equal(label[1:], label[:-1], out=is_end[:-1])
+    is_end[:-1] |= prediction[1:] != prediction[:-1]
+    if 8 * np.count_nonzero(is_end) > label.size:
+        return label, prediction, None
+    (ends,) = np.nonzero(is_end)
+    return label[ends], prediction[ends], np.diff(ends, prepend=-1)
 
 
 def _sum_rows(rows):

@@ -7,7 +7,8 @@ MMSegmentation's Twins with seeded random weights, what they compute, and how lo
         ftfy regex
     mmseg/bin/python scripts/mmseg_reference.py twins_svt-s_uperhead svt-s.pth --sizes 512x512 448x700
 
-With `--serve IMAGE` it reads the names of stages from its standard input and answers each with the seconds it took.
+With `--serve IMAGE` it reads lines such as `5 forward` from its standard input and answers each with the seconds that
+one of the five took.
 """
 
 import argparse
@@ -143,9 +144,11 @@ def serve(model: nn.Module, config: str, image: str) -> None:
     stages = {"preprocessing": preprocess, "forward": forward, "post-processing": postprocess, "metric": metric}
     print("ready", flush=True)
     for line in sys.stdin:
+        repeats, stage = line.split(maxsplit=1)
         started = time.perf_counter()
-        stages[line.strip()]()
-        print(time.perf_counter() - started, flush=True)
+        for _ in range(int(repeats)):
+            stages[stage.strip()]()
+        print((time.perf_counter() - started) / int(repeats), flush=True)
 
 
 def main() -> None:

@@ -138,8 +138,8 @@ def serve(model: nn.Module, config: str, image: str) -> None:
     pixel_values, original_size = preprocess()
     logits = forward()
     height, width = original_size
-    labels = torch.randint(0, logits.shape[1], (height // 24 + 1, width // 24 + 1))  # patches, as things make them
-    labels = labels.repeat_interleave(24, 0).repeat_interleave(24, 1)[:height, :width]
+    labels = torch.randint(0, logits.shape[1], (height // 96 + 1, width // 96 + 1))
+    labels = labels.repeat_interleave(96, 0).repeat_interleave(96, 1)[:height, :width]
     label_map = labels.roll(5, 1)
     stages = {"preprocessing": preprocess, "forward": forward, "post-processing": postprocess, "metric": metric}
     print("ready", flush=True)

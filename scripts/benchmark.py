@@ -71,9 +71,9 @@ class MMSegmentation:
 
 
 def segments(size: tuple[int, int], num_labels: int) -> np.ndarray:
-    """A label map (height, width) of patches: boundaries on two of a hundred pixels, as in ADE20K; random weights give noise."""
+    """A label map (height, width) of patches, with boundaries on two of a hundred pixels, as ADE20K's masks have."""
     patches = np.random.default_rng(0).integers(0, num_labels, [side // 96 + 1 for side in size])
-    return patches.repeat(96, axis=0).repeat(96, axis=1)[: size[0], : size[1]]
+    return np.ascontiguousarray(patches.repeat(96, axis=0).repeat(96, axis=1)[: size[0], : size[1]])
 
 
 def our_stages(model: TwinsForSemanticSegmentation, image: str) -> dict[str, Callable[[], object]]:

@@ -72,7 +72,7 @@ class MMSegmentation:
 
 def segments(size: tuple[int, int], num_labels: int) -> np.ndarray:
     """A label map (height, width) of patches, with boundaries on two of a hundred pixels, as ADE20K's masks have."""
-    patches = np.random.default_rng(0).integers(0, num_labels, [side // 96 + 1 for side in size])
+    patches = np.random.default_rng(0).integers(0, num_labels, [side // 96 + 1 for side in size], dtype=np.int32)
     return np.ascontiguousarray(patches.repeat(96, axis=0).repeat(96, axis=1)[: size[0], : size[1]])
 
 

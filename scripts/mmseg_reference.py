@@ -138,7 +138,7 @@ def serve(model: nn.Module, config: str, image: str) -> None:
     pixel_values, original_size = preprocess()
     logits = forward()
     height, width = original_size
-    labels = torch.randint(0, logits.shape[1], (height // 96 + 1, width // 96 + 1))
+    labels = torch.randint(0, logits.shape[1], (height // 96 + 1, width // 96 + 1), dtype=torch.int32)
     labels = labels.repeat_interleave(96, 0).repeat_interleave(96, 1)[:height, :width]
     label_map = labels.roll(5, 1)
     stages = {"preprocessing": preprocess, "forward": forward, "post-processing": postprocess, "metric": metric}

@@ -179,7 +179,7 @@ def resize_scores(
     if padded_size is not None:
         scores = nn.functional.interpolate(scores[None], size=padded_size, mode="bilinear", align_corners=False)[0]
         scores = scores[:, : input_size[0], : input_size[1]]
-    if target_size is not None:
+    if target_size is not None and target_size != tuple(scores.shape[-2:]):
         scores = nn.functional.interpolate(scores[None], size=target_size, mode="bilinear", align_corners=False)[0]
     return scores
 

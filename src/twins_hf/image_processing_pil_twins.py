@@ -24,7 +24,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 IGNORE_INDEX = 255
-CHUNK_ELEMENTS = 2**22  # scores at full size that are held at a time in post-processing: 16 MB
+CHUNK_ELEMENTS = 2**20  # scores at full size that are held at a time in post-processing: 4 MB, which a cache holds
 
 
 class TwinsImageProcessorKwargs(ImagesKwargs, total=False):
@@ -195,11 +195,11 @@ def largest_class(logits: torch.Tensor, target_size: tuple[int, int], *sizes: tu
         scaled = resize_scores(logits[first : first + chunk], target_size, *sizes)
         for class_id, scores in enumerate(scaled, start=first):
             if best is None:
-                best, label_map = scores, torch.zeros_like(scores, dtype=torch.int64)
+                best, label_map = scores, torch.zeros_like(scores, dtype=torch.int32)
             else:
                 label_map.masked_fill_(scores > best, class_id)
                 best = torch.maximum(best, scores)
-    return label_map
+    return label_map.long()
 
 
 class TwinsImageProcessingMixin:

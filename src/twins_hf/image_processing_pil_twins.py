@@ -83,10 +83,6 @@ def open_image(path: str | os.PathLike) -> PIL.Image.Image:
         raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
 
 
-# Added before rounding down: a half goes up, as in OpenCV, also where it is computed a last bit too small.
-ROUND_HALF_UP = 0.5 + 1e-6
-
-
 def to_eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """Scales a 16-bit grey image to 0..255, which `convert("RGB")` would clip; other modes are left alone."""
     if not image.mode.startswith("I"):
@@ -126,17 +122,37 @@ def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return labels[rows[:, None], columns]
 
 
-def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Image (C, H, W) at `size` (height, width): bilinear, pixel centres aligned, without antialiasing."""
-    image = image.astype(np.float64)
-    for axis, new in zip((1, 2), size, strict=True):
-        old = image.shape[axis]
-        positions = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
-        lower = positions.astype(np.int64)
-        upper = np.minimum(lower + 1, old - 1)
-        weights = np.expand_dims(positions - lower, axis=(0, 3 - axis))
-        image = image.take(lower, axis) * (1 - weights) + image.take(upper, axis) * weights
-    return image
+def bilinear_weights(old: int, new: int, is_width: bool) -> tuple[np.ndarray, ...]:
+    """
+    For each of `new` positions along a side of `old`, the two that it lies between and their weights in 2048ths, as
+    OpenCV rounds them. Beyond the first and last column it takes that column alone; beyond a row, that row twice.
+    """
+    positions = ((np.arange(new) + 0.5) * (1 / (new / old)) - 0.5).astype(np.float32)
+    lower = np.floor(positions).astype(np.int64)
+    upper_weight = positions - lower.astype(np.float32)
+    if is_width:
+        upper_weight[(lower < 0) | (lower >= old - 1)] = 0
+    weights = (np.rint(weight * np.float32(2048)).astype(np.int32) for weight in (1 - upper_weight, upper_weight))
+    return lower.clip(0, old - 1), (lower + 1).clip(0, old - 1), *weights
+
+
+def resize_bilinear(image, size: tuple[int, int]):
+    """
+    Image (C, H, W), int32 array or tensor of values 0..255, at `size` (height, width): bilinear, pixel centres
+    aligned, without antialiasing, in the fixed-point arithmetic that OpenCV has for 8-bit images, bit for bit.
+    """
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    (height, width), (new_height, new_width) = image.shape[-2:], size
+    rows, columns = bilinear_weights(height, new_height, False), bilinear_weights(width, new_width, True)
+    if isinstance(image, torch.Tensor):
+        rows, columns = ([torch.from_numpy(array).to(image.device) for array in side] for side in (rows, columns))
+    left, right, left_weight, right_weight = columns
+    image = (image[..., left] * left_weight + image[..., right] * right_weight) >> 4
+    top, bottom, top_weight, bottom_weight = rows
+    upper = (image[..., top, :] * top_weight[:, None]) >> 16
+    lower = (image[..., bottom, :] * bottom_weight[:, None]) >> 16
+    return (upper + lower + 2) >> 2
 
 
 def window_slices(size: tuple[int, int], window: tuple[int, int], stride: int) -> list[tuple[slice, slice]]:
@@ -207,8 +223,8 @@ class TwinsImageProcessingMixin:
     Preprocessing of images and segmentation maps by the protocol behind the published numbers, and postprocessing of
     logits; both backends do the same with their own array type.
 
-    An image becomes RGB, upright (EXIF) and 8 bit; is fitted into `size` (2048 by 512, keeping the ratio) by bilinear
-    interpolation without antialiasing, rounded to whole grey levels; cropped around its centre (`do_center_crop`);
+    An image becomes RGB, upright (EXIF) and 8 bit; is fitted into `size` (2048 by 512, keeping the ratio) by OpenCV's
+    bilinear interpolation of 8-bit images, without antialiasing; cropped around its centre (`do_center_crop`);
     rescaled and normalised; and, in a batch of unequal images, padded with 0 (labels: 255) at the right and bottom.
     """
 
@@ -466,7 +482,7 @@ class TwinsImageProcessorPil(TwinsImageProcessingMixin, PilBackend):
     __doc__ = TwinsImageProcessingMixin.__doc__
 
     def resize(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return np.floor(resize_bilinear(image, size) + ROUND_HALF_UP).astype(np.float32)
+        return resize_bilinear(np.rint(image).astype(np.int32), size).astype(np.float32)
 
     def rescale_and_normalize(
         self, image, do_rescale, rescale_factor, do_normalize, image_mean, image_std

@@ -11,8 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 
-from ..image_processing_pil_twins import IGNORE_INDEX, fitted_size, to_eight_bit
-from ..image_processing_twins import resize_to_grey_levels
+from ..image_processing_pil_twins import IGNORE_INDEX, fitted_size, resize_bilinear, to_eight_bit
 
 
 def uniform(low: float, high: float) -> float:
@@ -35,7 +34,7 @@ class RandomFittedResize(v2.Transform):
     def transform(self, inpt, params):
         if isinstance(inpt, tv_tensors.Mask):
             return tvF.resize(inpt, params["size"])  # nearest
-        return tv_tensors.Image(resize_to_grey_levels(inpt, params["size"]).to(torch.uint8))
+        return tv_tensors.Image(resize_bilinear(inpt.as_subclass(torch.Tensor).int(), params["size"]).to(torch.uint8))
 
 
 class RandomClassLimitedCrop(v2.Transform):

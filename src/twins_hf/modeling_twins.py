@@ -31,6 +31,8 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_twins import TwinsConfig
+from .convolution_twins import convolve, convolve_pyramid, resize
+from .loss_twins import resized_cross_entropy
 
 
 def pad_map(hidden_states: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -51,6 +53,25 @@ def is_needed(pad: int | torch.SymInt) -> bool:
     return not statically_known_true(pad == 0)
 
 
+class TwinsPatchConv(nn.Conv2d):
+    """A convolution of non-overlapping patches, whose remainder at the edge is not seen, as a matrix product."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int):
+        super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C', H//patch, W//patch); in memory the channels are last in both."""
+        if torch.compiler.is_compiling():  # a program for any size must not depend on whether there is a remainder
+            return super().forward(feature_map)
+        size = self.stride[0]
+        batch_size, channels, height, width = feature_map.shape
+        patches = feature_map.permute(0, 2, 3, 1)[:, : height // size * size, : width // size * size]
+        patches = patches.reshape(batch_size, height // size, size, width // size, size * channels)
+        patches = patches.transpose(2, 3).flatten(3)  # (B, H//patch, W//patch, patch * patch * C)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return nn.functional.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
+
+
 class TwinsPatchEmbeddings(nn.Module):
     """Non-overlapping patches, projected and normalised: (B, C, H, W) -> (B, H/patch, W/patch, hidden_size)."""
 
@@ -60,7 +81,7 @@ class TwinsPatchEmbeddings(nn.Module):
         self.patch_padding = config.patch_padding
         in_channels = config.num_channels if stage_idx == 0 else config.hidden_sizes[stage_idx - 1]
         hidden_size = config.hidden_sizes[stage_idx]
-        self.projection = nn.Conv2d(in_channels, hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
+        self.projection = TwinsPatchConv(in_channels, hidden_size, self.patch_size)
         self.layernorm = nn.LayerNorm(hidden_size)  # epsilon 1e-5 whatever layer_norm_eps, as in every reference
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -146,9 +167,7 @@ class TwinsGlobalSubsampledAttention(TwinsAttention):
         self.q_proj = nn.Linear(self.hidden_size, self.hidden_size, bias=config.qkv_bias)
         self.kv_proj = nn.Linear(self.hidden_size, 2 * self.hidden_size, bias=config.qkv_bias)
         if self.sr_ratio > 1:
-            self.sequence_reduction = nn.Conv2d(
-                self.hidden_size, self.hidden_size, kernel_size=self.sr_ratio, stride=self.sr_ratio
-            )
+            self.sequence_reduction = TwinsPatchConv(self.hidden_size, self.hidden_size, self.sr_ratio)
             self.layernorm = nn.LayerNorm(self.hidden_size)  # epsilon 1e-5, as in every reference
 
     def reduce(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -161,8 +180,8 @@ class TwinsGlobalSubsampledAttention(TwinsAttention):
                 f"pixel_values are too small: a feature map of {height}x{width} cannot be reduced by "
                 f"sr_ratio={self.sr_ratio}; images need at least 32 pixels a side."
             )
-        reduced = self.sequence_reduction(hidden_states.permute(0, 3, 1, 2))
-        return self.layernorm(reduced.flatten(2).transpose(1, 2))
+        reduced = self.sequence_reduction(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.layernorm(reduced.flatten(1, 2))
 
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -228,15 +247,16 @@ class TwinsLocallyGroupedAttention(TwinsAttention):
         query, key, value = self.split_heads(qkv, 3)
         context, probabilities = self.attend(query, key, value, attention_mask, **kwargs)
 
-        # (B * windows, window * window, C) -> (B, H, W, C)
-        output = self.dropout(self.o_proj(context))
-        output = output.view(batch_size, padded_height // side, padded_width // side, side, side, channels)
-        output = output.transpose(2, 3).reshape(batch_size, padded_height, padded_width, channels)
+        # (B * windows, window * window, C) -> (B, H, W, C); the projection then sees no padding.
+        context = context.view(batch_size, padded_height // side, padded_width // side, side, side, channels)
+        context = context.transpose(2, 3).reshape(batch_size, padded_height, padded_width, channels)
         if statically_known_true(padded_height - height >= 0) and statically_known_true(padded_width - width >= 0):
-            return output[:, :height, :width], probabilities
-        # A slice's strides tell whether there was padding, and a program traced for any size must not depend on that.
-        rows, columns = (torch.arange(length, device=output.device) for length in (height, width))
-        return output.index_select(1, rows).index_select(2, columns), probabilities
+            context = context[:, :height, :width]
+        else:
+            # A slice's strides tell whether there was padding; a program traced for any size must not depend on that.
+            rows, columns = (torch.arange(length, device=context.device) for length in (height, width))
+            context = context.index_select(1, rows).index_select(2, columns)
+        return self.dropout(self.o_proj(context)), probabilities
 
 
 class TwinsMLP(nn.Module):
@@ -249,9 +269,16 @@ class TwinsMLP(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
         return self.dropout(self.fc2(hidden_states))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
+            return self.project(hidden_states)
+        # Some positions at a time, so that what lies between the products stays in cache.
+        positions = hidden_states.flatten(0, -2).split(max(1, 2**21 // self.fc1.out_features))
+        return torch.cat([self.project(some) for some in positions]).view(hidden_states.shape)
 
 
 class TwinsDropPath(nn.Module):
@@ -506,22 +533,37 @@ class TwinsForImageClassification(TwinsPreTrainedModel):
         )
 
 
-def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear resizing of (B, C, H, W) to `size` (height, width), corners not aligned."""
-    return nn.functional.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
-
-
 class TwinsConvModule(nn.Module):
-    """Convolution without bias that keeps the size, batch norm, ReLU."""
+    """
+    Convolution without bias that keeps the size, batch norm, ReLU: (B, C, H, W) -> (B, C', H, W).
+
+    Several maps are taken as the levels of a pyramid: resized to the first one's size and concatenated.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.batch_norm = nn.BatchNorm2d(out_channels)
-        self.activation = nn.ReLU()
+        self.activation = nn.ReLU(inplace=True)
 
-    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.batch_norm(self.conv(feature_map)))
+    def forward(self, *levels: torch.Tensor) -> torch.Tensor:
+        if type(self.conv) is not nn.Conv2d or self.conv.weight.is_meta:
+            # An adapter has put its own layer here, or the weights are elsewhere until the layer itself is called.
+            size = levels[0].shape[-2:]
+            levels = torch.cat([levels[0], *(resize(level, size) for level in levels[1:])], dim=1)
+            return self.activation(self.batch_norm(self.conv(levels)))
+        if self.batch_norm.training or self.batch_norm.running_mean is None:
+            return self.activation(self.batch_norm(convolve_pyramid(levels, self.conv.weight)))
+        return self.activation(convolve_pyramid(levels, self.conv.weight, *self.folded_norm()))
+
+    def folded_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What batch norm multiplies each channel by and then adds to it, by its running statistics."""
+        norm, dtype = self.batch_norm, self.conv.weight.dtype
+        scale = torch.rsqrt(norm.running_var.to(torch.promote_types(dtype, torch.float32)) + norm.eps)
+        shift = -norm.running_mean * scale
+        if norm.affine:
+            scale, shift = norm.weight * scale, norm.weight * shift + norm.bias
+        return scale.to(dtype), shift.to(dtype)
 
 
 class TwinsPixelClassifier(nn.Conv2d):
@@ -529,6 +571,9 @@ class TwinsPixelClassifier(nn.Conv2d):
 
     def __init__(self, in_channels: int, num_labels: int):
         super().__init__(in_channels, num_labels, kernel_size=1)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return convolve(feature_map, self.weight, self.bias)
 
 
 class TwinsAdaptiveAvgPool(nn.Module):
@@ -564,8 +609,7 @@ class TwinsPyramidPooling(nn.Module):
         self.bottleneck = TwinsConvModule(in_channels + len(self.pools) * width, width, kernel_size=3)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        pooled = [resize(pool(feature_map), feature_map.shape[-2:]) for pool in self.pools]
-        return self.bottleneck(torch.cat([feature_map, *pooled], dim=1))
+        return self.bottleneck(feature_map, *(pool(feature_map) for pool in self.pools))
 
 
 class TwinsUperNetHead(nn.Module):
@@ -590,13 +634,11 @@ class TwinsUperNetHead(nn.Module):
 
         coarser = top
         for level in reversed(range(len(laterals))):
-            laterals[level] = laterals[level] + resize(coarser, laterals[level].shape[-2:])
-            coarser = laterals[level]
+            coarser = resize(coarser, laterals[level].shape[-2:]).add_(laterals[level])
+            laterals[level] = coarser
 
-        levels = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=True)] + [top]
-        size = levels[0].shape[-2:]
-        fused = self.fpn_bottleneck(torch.cat([levels[0], *(resize(level, size) for level in levels[1:])], dim=1))
-        return self.classifier(self.dropout(fused))
+        levels = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=True)]
+        return self.classifier(self.dropout(self.fpn_bottleneck(*levels, top)))
 
 
 class TwinsSemanticFPNHead(nn.Module):
@@ -716,8 +758,7 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
         """Cross-entropy of logits (B, num_labels, h, w), resized to the labels (B, H, W), over the labelled pixels or
         over all of them (`config.semantic_loss_reduction`); 0 where nothing is labelled."""
         ignore_index = self.config.semantic_loss_ignore_index
-        upsampled = resize(logits.float(), labels.shape[-2:])
-        total = nn.functional.cross_entropy(upsampled, labels, ignore_index=ignore_index, reduction="sum")
+        total = resized_cross_entropy(logits, labels, ignore_index)
         if self.config.semantic_loss_reduction == "all":
             return total / labels.numel()
         return total / (labels != ignore_index).sum().clamp(min=1)

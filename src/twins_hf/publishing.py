@@ -9,7 +9,14 @@ import json
 import shutil
 from pathlib import Path
 
-CODE = ("configuration_twins", "modeling_twins", "image_processing_twins", "image_processing_pil_twins")
+CODE = (
+    "configuration_twins",
+    "convolution_twins",
+    "loss_twins",
+    "modeling_twins",
+    "image_processing_twins",
+    "image_processing_pil_twins",
+)
 MODEL_AUTO_MAP = {
     "AutoConfig": "configuration_twins.TwinsConfig",
     "AutoModel": "modeling_twins.TwinsModel",

@@ -1,0 +1,248 @@
+# Copyright 2026 The twins_hf contributors. Licensed under the Apache License, Version 2.0.
+"""
+The decode heads' 3x3 convolutions in fewer operations, each equal to `torch.nn.functional.conv2d` up to rounding.
+
+Maps have shape (batch, channels, height, width) outside; inside, and in memory, they are (batch, height, width,
+channels): every step is then a matrix product along the channels, or along a spatial axis, all others in one piece.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+# F(4x4, 3x3) of "Fast Algorithms for Convolutional Neural Networks" (Lavin and Gray, arXiv 1509.09308).
+TILE = 4
+INPUT_TRANSFORM = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+WEIGHT_TRANSFORM = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+OUTPUT_TRANSFORM = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)
+
+
+def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear resizing of (B, C, H, W) to `size` (height, width), corners not aligned."""
+    return nn.functional.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
+
+
+def both_axes(transform: tuple, like: torch.Tensor) -> torch.Tensor:
+    """A transform of rows and columns at once: the Kronecker product of (out, in) with itself."""
+    matrix = torch.tensor(transform, dtype=like.dtype, device=like.device)
+    return torch.kron(matrix, matrix)
+
+
+def winograd_weights(weight: torch.Tensor) -> list[torch.Tensor]:
+    """(out, in, 3, 3) -> (36, in, 256) for each 256 of the output's channels: memory of over 32 MiB in one piece goes
+    back to the system when it is freed, and to get it again takes longer than to fill it."""
+    transform = both_axes(WEIGHT_TRANSFORM, weight)
+    groups = [group.reshape(-1, 9).T for group in weight.split(256)]
+    return [(transform @ group).view(36, -1, weight.shape[1]).transpose(1, 2) for group in groups]
+
+
+def winograd_tiles(feature_map: torch.Tensor, image: int, top: int, bottom: int) -> torch.Tensor:
+    """Rows `top` to `bottom` of an image of (B, H, W, C), zeros around the map -> (36, tiles, C), transformed tiles
+    of 6x6 that overlap by 2."""
+    _, height, width, channels = feature_map.shape
+    band = feature_map[image, max(top - 1, 0) : bottom + 1]
+    rows = (int(top == 0), bottom + 1 - min(bottom + 1, height))
+    band = nn.functional.pad(band, (0, 0, 1, -width % TILE + 1, *rows))
+    tiles = band.unfold(0, TILE + 2, TILE).unfold(1, TILE + 2, TILE).permute(3, 4, 0, 1, 2)
+    return (both_axes(INPUT_TRANSFORM, feature_map) @ tiles.reshape(36, -1)).view(36, -1, channels)
+
+
+def bands(feature_map: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(image, top, bottom) of bands of some 256 tiles, which stay in cache through all steps."""
+    batch_size, height, width, _ = feature_map.shape
+    rows, height = max(1, 256 * TILE // width) * TILE, height + -height % TILE
+    return [(image, top, min(top + rows, height)) for image in range(batch_size) for top in range(0, height, rows)]
+
+
+def winograd(feature_map: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The 3x3 convolution of (B, H, W, in) with (out, in, 3, 3), padded by one: (B, H', W', out), where H' and W' are
+    the next multiples of 4 and what lies beyond H and W has no meaning."""
+    batch_size, height, width, _ = feature_map.shape
+    weights, output_transform = winograd_weights(weight), both_axes(OUTPUT_TRANSFORM, feature_map)
+    output = feature_map.new_empty(batch_size, height + -height % TILE, width + -width % TILE, weight.shape[0])
+    for image, top, bottom in bands(feature_map):
+        tiles = winograd_tiles(feature_map, image, top, bottom)
+        for group, columns in enumerate(output[image, top:bottom].split(256, dim=-1)):
+            products = torch.bmm(tiles, weights[group])
+            if bias is not None:
+                products[7] += bias.split(256)[group]  # the one of the 36 that is added to every position
+            columns = columns.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).permute(1, 3, 0, 2, 4)
+            columns.copy_((output_transform @ products.flatten(1)).view(columns.shape))
+    return output
+
+
+def winograd_weight_gradient(feature_map: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Of `winograd`, for the gradient (B, H', W', out) of its output, zero beyond H and W: (out, in, 3, 3)."""
+    output_transform = both_axes(OUTPUT_TRANSFORM, feature_map)
+    total = feature_map.new_zeros(36, gradient.shape[-1], feature_map.shape[-1])
+    for image, top, bottom in bands(feature_map):
+        band = gradient[image, top:bottom].unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).permute(1, 3, 0, 2, 4)
+        products = (output_transform.T @ band.reshape(TILE * TILE, -1)).view(36, -1, gradient.shape[-1])
+        total.baddbmm_(products.transpose(1, 2), winograd_tiles(feature_map, image, top, bottom))
+    weight_gradient = both_axes(WEIGHT_TRANSFORM, feature_map).T @ total.flatten(1)
+    return weight_gradient.T.reshape(*total.shape[1:], 3, 3)
+
+
+class WinogradConvolution(torch.autograd.Function):
+    """`winograd`, which keeps only its input and its weight for the way back."""
+
+    @staticmethod
+    def forward(ctx, feature_map, weight, bias):
+        ctx.save_for_backward(feature_map, weight)
+        return winograd(feature_map, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        feature_map, weight = ctx.saved_tensors
+        map_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            _, height, width, _ = feature_map.shape
+            map_gradient = winograd(gradient, weight.flip(2, 3).transpose(0, 1))[:, :height, :width]
+        if ctx.needs_input_grad[1]:
+            weight_gradient = winograd_weight_gradient(feature_map, gradient)
+        if ctx.needs_input_grad[2]:
+            bias_gradient = gradient.sum((0, 1, 2))
+        return map_gradient, weight_gradient, bias_gradient
+
+
+def is_winograd_faster(feature_map: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Measured on CPUs: a quarter of the products pays for the transforms on wide maps that are not small."""
+    return (
+        min(weight.shape[:2]) >= 128
+        and feature_map.device.type == "cpu"
+        and feature_map.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and feature_map.shape[-2] * feature_map.shape[-1] >= 1024
+    )
+
+
+def convolve(
+    feature_map: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A 1x1 or 3x3 convolution that keeps the size: (B, in, H, W) -> (B, out, H, W)."""
+    if weight.shape[-1] == 1:
+        positions = feature_map.permute(0, 2, 3, 1)
+        return nn.functional.linear(positions, weight.flatten(1), bias).permute(0, 3, 1, 2)
+    if is_winograd_faster(feature_map, weight):
+        output = WinogradConvolution.apply(feature_map.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        return output[..., : feature_map.shape[2], : feature_map.shape[3]]
+    return nn.functional.conv2d(feature_map, weight, bias, padding=1)
+
+
+def shifted_upsampling(length: int, coarse_length: int, like: torch.Tensor) -> torch.Tensor:
+    """(length, 3, coarse_length): one axis's bilinear resizing (corners not aligned), then its shift by each of the
+    three taps of a convolution, zeros moving in at the ends."""
+    position = torch.arange(length, device=like.device)[:, None] + torch.arange(-1, 2, device=like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    source = ((position.to(dtype) + 0.5) * (coarse_length / length) - 0.5).clamp(0, coarse_length - 1)
+    weights = 1 - (source[..., None] - torch.arange(coarse_length, device=like.device)).abs()
+    is_inside = (position >= 0) & (position < length)
+    return (weights.clamp(min=0) * is_inside[..., None]).to(like.dtype)
+
+
+def convolve_pyramid(
+    levels: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The convolution of all levels, resized to the first one's size and concatenated, without doing either.
+
+    A convolution mixes channels and a resizing positions, so each of the nine taps can be applied before the resizing:
+    where a level has a sixteenth of the positions, so has the work. Resizing and shifting by the tap is a product with
+    a small constant matrix along each axis.
+
+    Args:
+        levels: (B, C_0, H, W) and any number of coarser (B, C_i, H_i, W_i).
+        weight: (out, C_0 + C_1 + ..., 3, 3), or 1x1 for one level.
+        scale: Of the output's channels, (out,), before the bias is added.
+        bias: (out,).
+
+    Returns:
+        (B, out, H, W).
+    """
+    finest, *coarser = levels
+    height, width = finest.shape[2:]
+    finest_weight, *weights = weight.split([level.shape[1] for level in levels], dim=1)
+    if scale is not None:
+        finest_weight = finest_weight * scale[:, None, None, None]
+    output = convolve(finest, finest_weight, bias)
+    if not coarser:
+        return output
+
+    output = output.permute(0, 2, 3, 1)
+    coarser = [level.permute(0, 2, 3, 1) for level in coarser]
+    rows = [shifted_upsampling(height, level.shape[1], output).flatten(1) for level in coarser]
+    columns = [shifted_upsampling(width, level.shape[2], output).transpose(1, 2).flatten(1) for level in coarser]
+    if torch.compiler.is_compiling():  # one graph, for any number of images
+        taps = [taps_of(level_weight, scale) for level_weight in weights]
+        return add_coarser_levels(output, coarser, taps, rows, columns).permute(0, 3, 1, 2)
+
+    # Some channels of one image at a time, so that what lies between the products stays in cache.
+    write_back = not torch.is_grad_enabled()  # autograd would copy everything at each such write
+    summed = []
+    for start in range(0, weight.shape[0], 64):
+        channels = slice(start, start + 64)
+        taps = [
+            taps_of(level_weight[channels], None if scale is None else scale[channels]) for level_weight in weights
+        ]
+        images = []
+        for image, *levels in zip(*(level.split(1) for level in (output[..., channels], *coarser)), strict=True):
+            images.append(add_coarser_levels(image, levels, taps, rows, columns))
+            if write_back:
+                image.copy_(images.pop())
+        if not write_back:
+            summed.append(torch.cat(images))
+    return (output if write_back else torch.cat(summed, dim=-1)).permute(0, 3, 1, 2)
+
+
+def taps_of(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """(out, in, 3, 3) -> (3, 3, out, in), the outputs scaled."""
+    taps = weight.permute(2, 3, 0, 1)
+    return taps if scale is None else taps * scale[:, None]
+
+
+def add_coarser_levels(
+    partial: torch.Tensor,
+    levels: Sequence[torch.Tensor],
+    taps: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """(B, H, W, group), plus what each level (B, h, w, C) contributes through its taps (3, 3, group, C), resized by
+    (H, 3 * h) and (W, w * 3)."""
+    batch_size, height, width, group = partial.shape
+    total = partial.flatten(0, 1)
+    for level, tap, row, column in zip(levels, taps, rows, columns, strict=True):
+        positions = level.flatten(0, 2).expand(3, -1, -1)
+        tapped = torch.bmm(positions, tap.flatten(1, 2).transpose(1, 2))  # (3, B * h * w, 3 * group)
+        tapped = tapped.view(3, *level.shape[:2], -1).transpose(0, 1).flatten(1, 2)  # (B, 3 * h, w * 3 * group)
+        resized = torch.bmm(row.expand(batch_size, -1, -1), tapped)  # (B, H, w * 3 * group)
+        resized = resized.view(batch_size * height, -1, group)
+        total = torch.baddbmm(total, column.expand(batch_size * height, -1, -1), resized)
+    return total.view(batch_size, height, width, group)

@@ -12,6 +12,8 @@ one of the five took.
 """
 
 import argparse
+import json
+import resource
 import sys
 import time
 import types
@@ -151,16 +153,70 @@ def serve(model: nn.Module, config: str, image: str) -> None:
         print((time.perf_counter() - started) / int(repeats), flush=True)
 
 
+def run_once(network: nn.Module, forward, loss, task: str, size: int, batch_size: int) -> dict:
+    """
+    Seconds of the second of two runs of a `task`, and the bytes that this process has held at most.
+
+    Args:
+        network: Whose parameters are trained.
+        forward: From pixel values to an output, for the task "inference".
+        loss: From pixel values and labels to a loss, for the task "training": a step with AdamW.
+    """
+    torch.manual_seed(0)
+    pixel_values = torch.randn(batch_size, 3, size, size)
+    if task == "training":
+        labels = torch.randint(0, 150, (batch_size, size, size))
+        optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-6)
+
+        def run():
+            optimizer.zero_grad()
+            loss(pixel_values, labels).backward()
+            optimizer.step()
+    else:
+
+        @torch.inference_mode()
+        def run():
+            forward(pixel_values)
+
+    run()
+    started = time.perf_counter()
+    run()
+    spent = time.perf_counter() - started
+    return {"seconds": spent, "bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def measure(model: nn.Module, task: str, size: int, batch_size: int) -> dict:
+    """`run_once` of MMSegmentation's model."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    def loss(pixel_values, labels):
+        samples = [SegDataSample(gt_sem_seg=PixelData(data=label_map[None])) for label_map in labels]
+        return sum(value for name, value in model.loss(pixel_values, samples).items() if "loss" in name)
+
+    return run_once(model, lambda pixels: model.decode_head(model.backbone(pixels)), loss, task, size, batch_size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the beginning of a config's name, as twins_svt-s_uperhead")
     parser.add_argument("out", help="file to write: a checkpoint, with what it computes under `outputs`")
     parser.add_argument("--sizes", nargs="+", default=["512x512"], metavar="HEIGHTxWIDTH")
     parser.add_argument("--serve", metavar="IMAGE", help="write weights alone, then time stages")
+    parser.add_argument(
+        "--measure",
+        nargs=3,
+        metavar=("TASK", "SIZE", "BATCH"),
+        help="print seconds and bytes of training or inference",
+    )
     parser.add_argument("--small-activations", action="store_true", help="let every LayerNorm's epsilon show")
     args = parser.parse_args()
 
     model = build(args.config, small_activations=args.small_activations)
+    if args.measure is not None:
+        task, size, batch_size = args.measure
+        print(json.dumps(measure(model, task, int(size), int(batch_size))))
+        return
     if args.serve is not None:
         torch.save({"state_dict": model.state_dict()}, args.out)
         serve(model, args.config, args.serve)

@@ -144,6 +144,18 @@ def test_winograd_is_left_out_where_it_does_not_pay():
         assert not is_faster(feature_map, weight)
 
 
+@torch.inference_mode()
+def test_a_wide_module_compiled_for_any_size_is_not_compiled_again():
+    torch.compiler.reset()
+    module = TwinsConvModule(256, 128, 3).eval()
+    compiled = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
+    compiled(*maps((40, 44), (20, 22), channels=(128, 128), dtype=torch.float32))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for sizes in [((45, 37), (23, 19)), ((64, 33), (32, 17))]:
+            levels = maps(*sizes, channels=(128, 128), dtype=torch.float32)
+            torch.testing.assert_close(compiled(*levels), module(*levels), rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(params=[1, 3])
 def conv_module(request):
     """Batch norm with statistics of its own, wide enough for Winograd."""

@@ -127,13 +127,14 @@ class WinogradConvolution(torch.autograd.Function):
 
 
 def is_winograd_faster(feature_map: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Measured on CPUs: a quarter of the products pays for the transforms on wide maps that are not small."""
+    """Measured on CPUs: a quarter of the products pays for the transforms on wide maps that are not small. Compiled,
+    its bands would make another program of each size."""
     return (
         min(weight.shape[:2]) >= 128
         and feature_map.device.type == "cpu"
         and feature_map.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
+        and not torch.compiler.is_compiling()
         and feature_map.shape[-2] * feature_map.shape[-1] >= 1024
     )
 

@@ -184,26 +184,20 @@ def growth() -> list[tuple[int, int, float, float]]:
 
 
 def plot(points: list[tuple[int, int, float, float]]) -> PIL.Image.Image:
-    """Seconds and GiB over megapixels, both axes logarithmic; the line has the slope of what grows with the pixels."""
-    picture = PIL.Image.new("RGB", (760, 340), "white")
+    """Seconds and GiB of one image over megapixels, both axes logarithmic."""
+    points = [point for point in points if point[1] == 1]
+    picture = PIL.Image.new("RGB", (800, 310), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
-    for left, title, column, scale in ((60, "seconds", 2, 1), (430, "peak memory, GiB", 3, 2**30)):
-        area = [size * size * batch_size / 1e6 for size, batch_size, *_ in points]
-        values = [point[column] / scale for point in points]
-        low, high = min(values) / 1.6, max(values) * 1.6
-
-        def place(x, y, left=left, low=low, high=high):
-            across = np.log(x / 0.05) / np.log(5 / 0.05)
-            return left + 290 * across, 290 - 240 * np.log(y / low) / np.log(high / low)
-
-        draw.rectangle((left, 50, left + 290, 290), outline="black")
-        draw.text((left, 20), f"{title}, over megapixels", fill="black", font=font)
-        draw.line([place(area[0], values[0]), place(area[3], values[3])], fill=(200, 200, 200))
-        for (size, batch_size, *_), x, y in zip(points, area, values, strict=True):
-            across, down = place(x, y)
-            draw.ellipse((across - 4, down - 4, across + 4, down + 4), fill=(70, 110, 180))
-            label = f"{size}" if batch_size == 1 else f"{batch_size} x {size}"
-            draw.text((across - 6, down - 6), f"{label}: {y:.3g}", fill="black", font=font, anchor="rb")
+    for left, title, column, scale in ((140, "seconds", 2, 1), (530, "peak memory, GiB", 3, 2**30)):
+        area = np.log([size * size for size, *_ in points])
+        values = np.array([point[column] for point in points]) / scale
+        across = left + 250 * (area - area[0]) / (area[-1] - area[0])
+        down = 270 - 200 * np.log(values / values.min()) / np.log(values.max() / values.min())
+        draw.text((left, 15), title, fill="black", font=font)
+        draw.line([*zip(across, down, strict=True)], fill=(180, 180, 180))
+        for (size, *_), x, y, value in zip(points, across, down, values, strict=True):
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(70, 110, 180))
+            draw.text((x - 6, y - 6), f"{size}x{size}: {value:.3g}", fill="black", font=font, anchor="rb")
     return picture
 
 
@@ -260,8 +254,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for variant in args.variants:
             rows += inference_rows(variant, args.mmseg_python, args.rounds, Path(folder))
+            print("\n".join(rows), file=sys.stderr)
     if args.mmseg_python is not None:
         rows += [*training_rows(args.mmseg_python, args.training_rounds), inference_memory_row(args.mmseg_python)]
+        print("\n".join(rows), file=sys.stderr)
     points = growth()
     plot(points).save(Path(args.out) / "performance.png")
     print(report(rows, points, product_rate()))

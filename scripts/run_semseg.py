@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from accelerate import PartialState  # noqa: E402
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError  # noqa: E402
 
-from twins_hf.training import parse_arguments, prepare_run, run  # noqa: E402
+from twins_hf.training import TrainingStopped, parse_arguments, prepare_run, run  # noqa: E402
 
 
 def main() -> None:
@@ -27,7 +27,12 @@ def main() -> None:
         prepared = prepare_run(*arguments)
     except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
-    run(prepared)
+    try:
+        run(prepared)
+    except TrainingStopped as error:
+        if error.is_local or PartialState().is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

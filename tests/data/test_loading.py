@@ -1,13 +1,15 @@
+import io
 import json
 import shutil
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from twins_hf.data import check_examples, load_segmentation_data, read_example
-from twins_hf.data.loading import undecoded
+from twins_hf.data.loading import read_training_example, undecoded
 
 
 def save(array, path):
@@ -216,6 +218,40 @@ def test_palette_masks_hold_their_indices(image_folder):
     coloured.putpalette([10, 20, 30] * 256)
     coloured.save(path)
     np.testing.assert_array_equal(examples(load_segmentation_data(str(image_folder)), "train")[0].labels, expected)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_training_reads_the_pixels_and_labels_that_evaluation_reads(mode, subsampling, orientation):
+    rng = np.random.default_rng(0)
+    image = PIL.Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)).convert(mode)
+    mask = PIL.Image.fromarray(rng.integers(0, 256, (37, 53) if orientation is None else (53, 37), dtype=np.uint8))
+    exif = PIL.Image.Exif()
+    if orientation is not None:
+        exif[PIL.ExifTags.Base.Orientation] = orientation
+    row = {}
+    for column, picture, form in (("image", image, "JPEG"), ("label", mask, "PNG")):
+        buffer = io.BytesIO()
+        more = {"subsampling": subsampling, "exif": exif} if form == "JPEG" else {}
+        picture.save(buffer, form, **more)
+        row[column] = {"bytes": buffer.getvalue(), "path": None}
+    for do_reduce_labels in (False, True):
+        found, expected = (read(row, 0, do_reduce_labels) for read in (read_training_example, read_example))
+        np.testing.assert_array_equal(found.pixels.transpose(1, 2, 0), np.asarray(expected.image.convert("RGB")))
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        assert found.name == expected.name == "example 0"
+
+
+def test_training_names_a_cut_image_as_evaluation_does():
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    for broken in (content[:-200], content[:50], b""):
+        row = {"image": {"bytes": broken, "path": "a.jpg"}, "label": {"bytes": b"", "path": "a.png"}}
+        for read in (read_training_example, read_example):
+            with pytest.raises(ValueError, match="^a.jpg: cannot be read as an image"):
+                read(row, 0, False)
 
 
 def test_the_generated_set_loads_by_name():

@@ -22,6 +22,7 @@ from twins_hf.training import TrainingStopped, parse_arguments, prepare_run, run
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # which tells of every file of a checkpoint
     arguments = parse_arguments(sys.argv[1:], description=__doc__.splitlines()[0])
     try:
         prepared = prepare_run(*arguments)

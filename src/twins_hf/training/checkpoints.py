@@ -33,6 +33,11 @@ class TrainingStopped(RuntimeError):
         self.is_local = is_local
 
 
+def is_death_of_worker(error: Exception) -> bool:
+    """Whether a data worker was killed; torch raises this in the main process wherever that happens to be."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 @dataclasses.dataclass
 class Progress:
     """
@@ -87,7 +92,10 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit
             put_in_place(partial, folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         shutil.rmtree(partial, ignore_errors=True)
+        if is_death_of_worker(error):
+            raise
         raise TrainingStopped(f"{folder} cannot be written: {error}") from error
+    logger.info(f"Saved {folder}")
     if accelerator.is_main_process:
         for old in checkpoint_folders(output_dir)[: -limit if limit else 0]:
             shutil.rmtree(old)

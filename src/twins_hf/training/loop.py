@@ -13,14 +13,16 @@ from types import FrameType
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from accelerate.logging import get_logger
 from accelerate.utils import find_executable_batch_size, gather_object
+from datasets import Dataset
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.streams import TrainingStream
+from ..data.streams import StreamedTrainingStream, TrainingStream
 from ..data.transforms import SegmentationTrainTransform
 from ..image_processing_pil_twins import IGNORE_INDEX
 from ..modeling_twins import TwinsForSemanticSegmentation, TwinsSegmenterOutput
@@ -224,18 +226,12 @@ def train_in_batches(
         f"({accelerator.num_processes} process(es) x {accumulation} forward pass(es) x {batch_size}), "
         f"iterations {progress.step + 1} to {args.max_steps}"
     )
-    bar = tqdm(
-        total=args.max_steps,
-        initial=progress.step,
-        desc="Training",
-        unit="it",
-        disable=not accelerator.is_main_process,
-    )
     first_step, started = progress.step, time.perf_counter()
     window = Window(progress.step, accelerator.device)
     skipped_files: set[str] = set()
     evaluated_step = 0
-    with StopSignals() as signals:
+    bar = tqdm(total=args.max_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process)
+    with StopSignals() as signals, bar:
         while True:
             is_evaluation_due = args.eval_steps is not None and progress.step % args.eval_steps == 0
             if is_evaluation_due and evaluated_step < progress.step < args.max_steps:
@@ -293,7 +289,6 @@ def train_in_batches(
                     save_checkpoint(accelerator, prepared.output_dir, progress.step, args.save_total_limit)
             if is_stopped:
                 raise signals.stop(f"after iteration {progress.step} of {args.max_steps}")
-    bar.close()
 
     skipped_files = set(gather_object(sorted(skipped_files)))
     runtime = time.perf_counter() - started
@@ -310,7 +305,13 @@ def train_in_batches(
 
 def training_batches(prepared: Run, batch_size: int) -> Iterator[dict]:
     """Batches of this process from the run's position on, on its device."""
-    accelerator, data_args, image_processor = prepared.accelerator, prepared.data_args, prepared.image_processor
+    accelerator, progress, data, data_args = (
+        prepared.accelerator,
+        prepared.progress,
+        prepared.data,
+        prepared.data_args,
+    )
+    image_processor = prepared.image_processor
     transform = SegmentationTrainTransform(
         crop_size=(image_processor.crop_size.height, image_processor.crop_size.width),
         size=dict(image_processor.size),
@@ -320,33 +321,41 @@ def training_batches(prepared: Run, batch_size: int) -> Iterator[dict]:
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,
     )
-    stream = TrainingStream(
-        prepared.data.splits["train"],
-        prepared.data.do_reduce_labels,
+    rows, do_reduce_labels, seed = data.splits["train"], data.do_reduce_labels, prepared.args.seed
+    settings = {
+        "batch_size": batch_size,
+        "num_workers": prepared.num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+        "worker_init_fn": ignore_stop_signals,
+        "generator": torch.Generator(),  # a loader's start must not move the random state that was resumed
+    }
+    if isinstance(rows, Dataset):
+        stop = prepared.args.max_steps * prepared.total_batch_size
+        stream = TrainingStream(
+            rows, do_reduce_labels, transform, seed, progress.position, stop, data_args.skip_corrupt
+        )
+        return iter(accelerator.prepare(DataLoader(stream, **settings)))
+    stream = StreamedTrainingStream(
+        rows,
+        do_reduce_labels,
+        len(data.id2label),
         transform,
-        prepared.args.seed,
-        start=prepared.progress.position,
-        stop=prepared.args.max_steps * prepared.total_batch_size,
+        seed,
+        start=progress.position // accelerator.num_processes,
+        batch_size=batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
         skip_corrupt=data_args.skip_corrupt,
     )
-    loader = DataLoader(
-        stream,
-        batch_size=batch_size,
-        num_workers=prepared.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),  # a loader's start must not move the random state that was resumed
-    )
-    return iter(accelerator.prepare(loader))
+    return iter(DataLoaderShard(stream, device=accelerator.device, **settings))
 
 
 def take_batch(batches: Iterator[dict], step: int) -> dict:
     try:
         return next(batches)
     except (ValueError, OSError) as error:
-        reason = (
-            str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        )  # a worker's leads with its traceback
+        # A worker's error leads with its traceback.
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         raise TrainingStopped(
             f"iteration {step}: {reason} (--skip_corrupt true goes on without such files.)", is_local=True
         ) from error

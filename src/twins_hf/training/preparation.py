@@ -112,10 +112,13 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
             data_args.id2label,
             data_args.do_reduce_labels,
             seed=0 if data_args.dataset_name == "scenes" else args.seed,
+            streaming=data_args.streaming,
         )
         for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
             if limit is not None:
-                data.splits[split] = data.splits[split].select(range(min(limit, len(data.splits[split]))))
+                rows = data.splits[split]
+                is_stored = isinstance(rows, Dataset)
+                data.splits[split] = rows.select(range(min(limit, len(rows)))) if is_stored else rows.take(limit)
     with tempfile.TemporaryDirectory() as folder:
         pretrained = find_pretrained(model_args, Path(folder))
         model = build_model(model_args, pretrained, data, args.eval_only)
@@ -138,7 +141,7 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
     )
     with accelerator.local_main_process_first():  # last, since it reads every file
         for split in ["validation"] if args.eval_only else data.splits:
-            check_examples(data, split, data_args.preprocessing_num_workers)
+            check_examples(data, split, data_args.preprocessing_num_workers, data_args.skip_corrupt)
     return prepared
 
 

@@ -78,7 +78,7 @@ def write_model_card(prepared: Run, results: dict) -> None:
         f'segment = pipeline("image-segmentation", "{prepared.hub_model_id or prepared.output_dir}")\n'
         'segment("photo.jpg")\n```',
         "## Data",
-        f"{dataset}: {len(data.splits['train'])} training and {len(data.splits['validation'])} validation images, "
+        f"{dataset}: {prepared.train_size} training and {len(data.splits['validation'])} validation images, "
         f"{len(data.id2label)} classes.",
         "## Training",
         f"Started from {start}. {results['train_steps']} iterations of {prepared.total_batch_size} crops of "

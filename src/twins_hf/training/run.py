@@ -8,7 +8,7 @@ from accelerate.logging import get_logger
 from huggingface_hub import HfApi
 
 from ..publishing import add_model_code
-from .checkpoints import checkpoint_folders
+from .checkpoints import TrainingStopped, checkpoint_folders, is_death_of_worker
 from .loop import evaluate, save_model, train
 from .preparation import Run
 from .report import write_model_card, write_results
@@ -37,8 +37,10 @@ def run(prepared: Run) -> dict:
     else:
         try:
             model, results = train(prepared)
-        except Exception:
+        except Exception as error:
             tell_how_to_go_on(prepared)
+            if is_death_of_worker(error):
+                raise TrainingStopped(str(error), is_local=True) from error
             raise
         results |= evaluate(prepared, model)
         if accelerator.is_main_process:

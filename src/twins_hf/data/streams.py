@@ -101,7 +101,8 @@ class StreamedTrainingStream(torch.utils.data.IterableDataset):
     """
     The stream of a dataset that is read as it is needed, for a `DataLoader` of this batch size in each process; it has
     no end. Its shards (parquet files) are dealt out to processes and workers where there are enough of them, otherwise
-    their examples are; all are shuffled anew in each epoch.
+    their examples are; all are shuffled anew in each epoch, which each worker counts for itself: where shards are
+    unequal or do not divide, the examples of a smaller share come up more often.
 
     With the same seed, batch size and number of processes and workers, a stream that starts where another one stopped
     yields what that would have yielded next. It reads what it passes over, undecoded.
@@ -184,7 +185,11 @@ class StreamedTrainingStream(torch.utils.data.IterableDataset):
     def iterate_rows(self, worker: int, num_workers: int) -> Iterator[tuple[int, dict, str]]:
         """Epoch, row and name of this worker's share, epoch after epoch."""
         for epoch in itertools.count():
-            rows = self.rows.shuffle(seed=draw_seed(self.seed, epoch), buffer_size=self.shuffle_buffer_size)
+            # From one shard at a time: `datasets` 5 ends an interleaved epoch with a sleep of five seconds, and 5.0
+            # leaves workers without shards then.
+            rows = self.rows.shuffle(
+                seed=draw_seed(self.seed, epoch), buffer_size=self.shuffle_buffer_size, max_buffer_input_shards=1
+            )
             if rows.num_shards >= num_workers:
                 rows = rows.shard(num_workers, worker, contiguous=False)
                 rows = split_dataset_by_node(rows, self.rank, self.world_size)

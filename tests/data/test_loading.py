@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.ExifTags
@@ -183,6 +184,53 @@ def test_a_corrupt_image_is_named_and_a_mended_one_is_read_again(image_folder):
     assert "photo_1.png: cannot be read as an image" in problem_of(image_folder)
     path.write_bytes(whole)
     check_examples(load_segmentation_data(str(image_folder)), "train")
+
+
+def test_unusable_training_files_can_be_left_out_and_are_named(image_folder, caplog):
+    for kind, name in (("images", "photo_1.png"), ("annotations", "photo_3.png")):
+        path = image_folder / kind / "training" / name
+        path.write_bytes(path.read_bytes()[:60])
+    data = load_segmentation_data(str(image_folder))
+    with caplog.at_level("WARNING", "twins_hf"):
+        check_examples(data, "train", skip_corrupt=True)
+    assert [Path(example.name).name for example in examples(data, "train")] == ["photo_0.png", "photo_2.png"]
+    (record,) = caplog.records
+    assert record.message.startswith("2 of 4 examples of the train split cannot be used and are left out:")
+    assert "images/training/photo_1.png: cannot be" in record.message
+    assert "annotations/training/photo_3.png: cannot be" in record.message
+    check_examples(data, "train")
+
+
+def test_a_validation_split_is_never_cut_nor_a_training_split_to_nothing(image_folder):
+    for path in (
+        *(image_folder / "images").glob("training/*"),
+        image_folder / "images" / "validation" / "photo_0.png",
+    ):
+        path.write_bytes(b"")
+    data = load_segmentation_data(str(image_folder))
+    with pytest.raises(
+        ValueError, match="1 of 2 examples of the validation split cannot be used:\n.*photo_0.png: cann"
+    ):
+        check_examples(data, "validation", skip_corrupt=True)
+    with pytest.raises(ValueError, match="4 of 4 examples of the train split cannot be used:\n"):
+        check_examples(data, "train", skip_corrupt=True)
+
+
+def test_large_splits_are_checked_by_several_processes(image_folder, monkeypatch):
+    data, asked = load_segmentation_data(str(image_folder)), []
+    true_map = Dataset.map
+    monkeypatch.setattr(
+        Dataset,
+        "map",
+        lambda rows, *args, num_proc, **kwargs: asked.append(num_proc) or true_map(rows, *args, **kwargs),
+    )
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    check_examples(data, "train")
+    monkeypatch.setattr("twins_hf.data.loading.ROWS_FOR_SEVERAL_PROCESSES", 4)
+    check_examples(data, "train")
+    check_examples(data, "train", num_proc=3)
+    check_examples(data, "validation")
+    assert asked == [None, 8, 3, None]
 
 
 def test_a_label_out_of_range_is_named_with_its_file(image_folder):

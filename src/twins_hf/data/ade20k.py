@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import aiohttp
 from datasets import DownloadConfig, DownloadManager
 
 ADE20K_CLASSES = (
@@ -190,8 +191,12 @@ def download_ade20k(archive: Archive = ADE20K_ARCHIVE) -> Path:
         `ValueError`: if what was downloaded has another size or digest. The file is removed from the cache, so that
             the next call downloads it again.
     """
-    # Without ETags, and once downloaded, no request is made.
-    settings = DownloadConfig(use_etag=False, download_desc=f"Downloading {archive.folder}")
+    settings = DownloadConfig(
+        use_etag=False,  # once downloaded, no request is made
+        download_desc=f"Downloading {archive.folder}",
+        # By default the client gives up after five minutes, and the benchmark is a gigabyte.
+        storage_options={"http": {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=60)}}},
+    )
     try:
         path = Path(DownloadManager(download_config=settings).download(archive.url))
     except Exception as error:  # of the file system, the HTTP client, or the Hub's offline mode

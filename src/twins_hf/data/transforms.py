@@ -19,7 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..image_processing_pil_twins import IGNORE_INDEX, bilinear_weights, fitted_size, to_eight_bit
 
-BAND_PIXELS = 2**14  # of a band of rows: its three channels in float32 are 384 kB, which a core's cache holds
+BAND_PIXELS = 2**14  # of a band of rows: its three channels in float32 are 196 kB, which a core's cache holds
 TINY = 1e-20  # added to divisors, one of which may be 0; too little to change any other
 
 
@@ -63,7 +63,10 @@ class ClassLimitedCrop:
         return CropBox(top, left, height, width)
 
     def is_varied(self, labels: np.ndarray) -> bool:
-        counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)
+        if labels.dtype == np.uint8:  # counted as they are; NumPy would copy them into integers of 64 bits
+            counts = np.array(PIL.Image.fromarray(labels).histogram())
+        else:
+            counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)
         counts[IGNORE_INDEX] = 0
         return bool((counts > 0).sum() > 1 and counts.max() < self.cat_max_ratio * counts.sum())
 
@@ -215,8 +218,9 @@ def turn_hue(image: np.ndarray, turn: float) -> None:
     """Adds `turn`, a share of the circle, to the hue of HSV, in place; rounded as torchvision's `adjust_hue`."""
     image *= 1 / 255
     largest, spread = channel_range(image)
-    is_red, is_green = image[0] == largest, image[1] == largest
-    np.greater(is_green, is_red, out=is_green)  # where two channels are the largest, the first of them counts
+    is_red = image[0] == largest
+    is_green = (image[1] == largest) > is_red  # where two channels are the largest, the first of them counts
+    is_blue = ~(is_red | is_green)
     saturation = spread / (largest + TINY)
     spread += TINY
     np.subtract(largest, image, out=image)
@@ -225,11 +229,11 @@ def turn_hue(image: np.ndarray, turn: float) -> None:
     red, green, blue = image
     hue = green + 4
     hue -= red
-    hue *= ~(is_red | is_green)
+    hue *= is_blue.astype(np.float32)
     for start, nearer, farther, is_largest in ((2, red, blue, is_green), (0, blue, green, is_red)):
         sixths = nearer + start
         sixths -= farther
-        sixths *= is_largest
+        sixths *= is_largest.astype(np.float32)
         hue += sixths
     hue *= 1 / 6
     hue += 1
@@ -256,12 +260,12 @@ def turn_hue(image: np.ndarray, turn: float) -> None:
     is_odd += hue
     between = np.multiply(is_odd, largest, out=is_odd)
     sector *= 1000
-    for channel, center, sign in zip(image, (2500, 1500, 3500), (1, -1, -1), strict=True):
+    for index, center in enumerate((2500, 1500, 3500)):
         # 0 where the channel is the third; elsewhere beyond the value, or below the least, where clipping takes it
+        channel = image[index]
         np.subtract(sector, center, out=channel)
         np.abs(channel, out=channel)
-        channel -= 1500
-        channel *= sign
+        np.subtract(*((1500, channel) if index else (channel, 1500)), out=channel)
         channel += between
         np.maximum(channel, least, out=channel)
         np.minimum(channel, largest, out=channel)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,12 @@ def run_here(*words):
         torch.set_num_threads(num_threads)
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+
+
+def find_free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
 
 
 def results_of(folder):

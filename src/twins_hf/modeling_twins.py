@@ -404,6 +404,9 @@ class TwinsModel(TwinsPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps) if add_final_norm else None
         self.post_init()
 
+    def get_input_embeddings(self) -> TwinsPatchEmbeddings:
+        return self.embeddings
+
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TwinsModelOutput:
         r"""

@@ -1,6 +1,8 @@
 """Options of a run, from the command line, a YAML or JSON file, or both."""
 
+import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from ..configuration_twins import VARIANTS
+from ..configuration_twins import VARIANTS, TwinsConfig
 from ..evaluation import MEAN_IOU
 from .optimization import PUBLISHED, SCHEDULES
 
@@ -193,10 +195,27 @@ def parse_arguments(
     return model_args, data_args, training_args
 
 
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans and numbers: `no` is a word, and 1e-6 a number."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false)$", re.IGNORECASE), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+\.\d*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def options_of_file(path: str) -> list[str]:
     """Options in a YAML or JSON file, as command-line words, so that both are checked alike."""
     text = Path(path).read_text(encoding="utf-8")
-    options = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    options = json.loads(text) if path.endswith(".json") else yaml.load(text, Loader)
     if not isinstance(options, dict):
         raise ValueError("the file must be a mapping of options to values.")
     words = []
@@ -257,10 +276,18 @@ def find_problem(model_args: ModelArguments, data_args: DataArguments, training_
         return "--save_predictions goes with --eval_only."
     if training_args.eval_only and training_args.push_to_hub:
         return "--push_to_hub uploads a trained model: it does not go with --eval_only."
+    if training_args.lr_end and training_args.lr_scheduler_type not in (PUBLISHED, "polynomial"):
+        return (
+            f"--lr_end {training_args.lr_end} does not go with --lr_scheduler_type {training_args.lr_scheduler_type}."
+        )
     if model_args.config_overrides is not None:
         try:
-            if not isinstance(json.loads(model_args.config_overrides), dict):
-                return f"--config_overrides {model_args.config_overrides} must be a JSON object."
+            overrides = json.loads(model_args.config_overrides)
         except ValueError as error:
             return f"--config_overrides {model_args.config_overrides} is no JSON ({error})."
+        if not isinstance(overrides, dict):
+            return f"--config_overrides {model_args.config_overrides} must be a JSON object."
+        known = {field.name for field in dataclasses.fields(TwinsConfig)} | {"out_features", "out_indices"}
+        if overrides.keys() - known:
+            return f"--config_overrides: TwinsConfig has no {', '.join(sorted(overrides.keys() - known))}."
     return None

@@ -127,7 +127,7 @@ def write_manifest(folder: Path) -> None:
     """Notes size and digest of every file, once all of them are on the disk."""
     manifest = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
+        with path.open("r+b") as file:
             os.fsync(file.fileno())
         manifest[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:

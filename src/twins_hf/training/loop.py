@@ -212,6 +212,7 @@ def train_in_batches(
     if accelerator.state.deepspeed_plugin is not None:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings |= {"train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": accumulation}
+        settings["gradient_clipping"] = args.max_grad_norm or 0.0
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     if prepared.checkpoint is not None:
         accelerator.load_state(str(prepared.checkpoint))

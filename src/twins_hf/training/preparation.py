@@ -218,7 +218,7 @@ def build_model(
     if not is_segmenter:  # what the published segmentation models have and the classifiers they start from have not
         changed = {"window_padding": "mmseg", "decoder_hidden_size": None, "use_auxiliary_head": None}
         changed["norm_after_stage"] = config.window_sizes is not None
-        config = TwinsConfig.from_pretrained(**pretrained, **{**changed, **overrides})
+        config = TwinsConfig.from_dict({**config.to_dict(), **changed, **overrides})
     if not eval_only:
         config.id2label, config.label2id = labels["id2label"], labels["label2id"]
     return TwinsForSemanticSegmentation.from_pretrained(

@@ -153,7 +153,7 @@ def curve(title: str, steps: Sequence[int], values: Sequence[float]) -> PIL.Imag
     limit, last_step = 1.05 * max(*values, 1e-9), max(*steps, 1)
     picture = PIL.Image.new("RGB", (left + width + 6 * MARGIN, top + height + 3 * MARGIN), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((left, 4), title, fill="black", font=font)
+    draw.text((left, 4), f"{title}, by iteration", fill="black", font=font)
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y, x = top + height * (1 - share), left + width * share
         draw.line((left, y, left + width, y), fill=(225, 225, 225))

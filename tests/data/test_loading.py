@@ -291,6 +291,26 @@ def test_training_reads_the_pixels_and_labels_that_evaluation_reads(mode, subsam
         assert found.name == expected.name == "example 0"
 
 
+def test_training_reads_every_kind_of_png_mask_as_evaluation_does():
+    values = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    image = io.BytesIO()
+    PIL.Image.new("RGB", (30, 20)).save(image, "JPEG")
+    masks = {"plain": {}, "transparent": {"transparency": 7}, "of four bits": {"bits": 4}, "turned": {"exif": exif}}
+    for kind, more in masks.items():
+        mask = PIL.Image.fromarray(values // 16 if kind == "of four bits" else values)
+        if kind == "of four bits":
+            mask = mask.convert("P")
+        if kind == "turned":
+            mask = mask.transpose(PIL.Image.Transpose.ROTATE_90)
+        buffer = io.BytesIO()
+        mask.save(buffer, "PNG", **more)
+        row = {"image": {"bytes": image.getvalue(), "path": None}, "label": {"bytes": buffer.getvalue(), "path": None}}
+        found, expected = (read(row, 0, True) for read in (read_training_example, read_example))
+        np.testing.assert_array_equal(found.labels, expected.labels, err_msg=kind)
+
+
 def test_training_names_a_cut_image_as_evaluation_does():
     buffer = io.BytesIO()
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(buffer, "JPEG")

@@ -47,14 +47,14 @@ class ClassLimitedCrop:
     cat_max_ratio: float = 0.75
     max_redraws: int = 10
 
-    def draw(self, labels: np.ndarray, image_size: tuple[int, int]) -> CropBox:
-        """The box in an image whose `labels` (H, W) are resized to `image_size` (height, width)."""
-        box = self.draw_box(image_size)
-        for _ in range(self.max_redraws):
-            if self.is_varied(crop_labels(labels, image_size, box)):
-                break
+    def draw(self, labels: np.ndarray, image_size: tuple[int, int]) -> tuple[CropBox, np.ndarray]:
+        """The box in an image whose `labels` (H, W) are resized to `image_size` (height, width), and the labels in
+        it."""
+        for redraws in range(self.max_redraws + 1):
             box = self.draw_box(image_size)
-        return box
+            cropped = crop_labels(labels, image_size, box)
+            if redraws == self.max_redraws or self.is_varied(cropped):
+                return box, cropped
 
     def draw_box(self, image_size: tuple[int, int]) -> CropBox:
         height, width = (min(side, limit) for side, limit in zip(image_size, self.size, strict=True))
@@ -71,15 +71,13 @@ class ClassLimitedCrop:
         return bool((counts > 0).sum() > 1 and counts.max() < self.cat_max_ratio * counts.sum())
 
 
-def crop_labels(labels: np.ndarray, size: tuple[int, int], box: CropBox, is_mirrored: bool = False) -> np.ndarray:
+def crop_labels(labels: np.ndarray, size: tuple[int, int], box: CropBox) -> np.ndarray:
     """Labels (H, W) at `size` (height, width), at each pixel the nearest as torch's `nearest` takes it, in the box."""
     rows, columns = (
         # in float32, as torch: the floor of a multiple differs from that of the exact ratio in a few sizes
         np.floor(np.arange(first, first + count, dtype=np.float32) * np.float32(old / new)).astype(np.intp)
         for old, new, first, count in zip(labels.shape, size, box[:2], box[2:], strict=True)
     )
-    if is_mirrored:
-        columns = columns[::-1]
     return labels.take(rows, axis=0, mode="clip").take(columns, axis=1, mode="clip")
 
 
@@ -281,12 +279,14 @@ class Augmentation:
     Attributes:
         size: Height and width to which it is resized.
         box: What is cut from that.
+        labels: Labels (height, width) of the box.
         is_mirrored: Whether left and right are then swapped.
         color: What then happens to colours, if anything.
     """
 
     size: tuple[int, int]
     box: CropBox
+    labels: np.ndarray
     is_mirrored: bool = False
     color: ColorShift | None = None
 
@@ -334,16 +334,16 @@ class SegmentationTrainTransform(nn.Module):
 
     def draw(self, labels: np.ndarray) -> Augmentation:
         size = self.draw_size(labels.shape)
-        box = self.crop.draw(labels, size)
+        box, cropped = self.crop.draw(labels, size)
         is_mirrored = torch.rand(()).item() < self.flip_probability
-        return Augmentation(size, box, is_mirrored, self.distortion.draw() if self.distortion is not None else None)
+        return Augmentation(
+            size, box, cropped, is_mirrored, self.distortion.draw() if self.distortion is not None else None
+        )
 
-    def apply(
-        self, image: np.ndarray, labels: np.ndarray, augmentation: Augmentation
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image (3, H, W), uint8, and labels (H, W) -> what [`forward`] returns, for this draw."""
-        size, box, is_mirrored = augmentation.size, augmentation.box, augmentation.is_mirrored
-        resized = CroppedResize(image, size, box, is_mirrored)
+    def apply(self, image: np.ndarray, augmentation: Augmentation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (3, H, W), uint8 -> what [`forward`] returns, for this draw."""
+        box, is_mirrored = augmentation.box, augmentation.is_mirrored
+        resized = CroppedResize(image, augmentation.size, box, is_mirrored)
         pixel_values = np.empty((3, *self.crop_size), np.float32)
         pixel_values[:, box.height :], pixel_values[:, :, box.width :] = 0, 0
         for rows in bands(box.height, box.width):
@@ -354,7 +354,7 @@ class SegmentationTrainTransform(nn.Module):
             band -= self.mean
             np.divide(band, self.std, out=pixel_values[:, rows, : box.width])
         padded_labels = np.full(self.crop_size, IGNORE_INDEX, np.int64)
-        padded_labels[: box.height, : box.width] = crop_labels(labels, size, box, is_mirrored)
+        padded_labels[: box.height, : box.width] = augmentation.labels[:, :: -1 if is_mirrored else 1]
         return torch.from_numpy(pixel_values), torch.from_numpy(padded_labels)
 
     def forward(self, image: PIL.Image.Image | np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -364,4 +364,4 @@ class SegmentationTrainTransform(nn.Module):
         """
         if isinstance(image, PIL.Image.Image):
             image = np.asarray(to_eight_bit(image).convert("RGB")).transpose(2, 0, 1)
-        return self.apply(image, labels, self.draw(labels))
+        return self.apply(image, self.draw(labels))

@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	$(BIN)/python examples/segment_scene.py outputs/quickstart
 
 test: .venv/installed-test lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

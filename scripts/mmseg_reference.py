@@ -7,8 +7,8 @@ MMSegmentation's Twins with seeded random weights, what they compute, and how lo
         ftfy regex
     mmseg/bin/python scripts/mmseg_reference.py twins_svt-s_uperhead svt-s.pth --sizes 512x512 448x700
 
-With `--serve IMAGE` it reads lines such as `5 forward` from its standard input and answers each with the seconds that
-one of the five took.
+With `--serve IMAGE MASK` it reads lines such as `5 forward` from its standard input and answers each with the seconds
+that one of the five took.
 """
 
 import argparse
@@ -108,15 +108,26 @@ def outputs_of(model: nn.Module, pixel_values: torch.Tensor) -> dict:
 
 
 @torch.inference_mode()
-def serve(model: nn.Module, config: str, image: str) -> None:
-    """Times stages of an evaluation of `image`, one a line of standard input, until it ends."""
+def serve(model: nn.Module, config: str, image: str, mask: str) -> None:
+    """Times stages of an evaluation of `image` and of training on it, one a line of standard input, until it ends."""
     import_mmseg()
+    import cv2
     from mmcv.transforms import Compose
     from mmengine import Config
     from mmseg.evaluation.metrics import IoUMetric
+    from mmseg.models import SegDataPreProcessor
 
-    steps = Config.fromfile(find_config(config)).test_pipeline
-    pipeline = Compose([step for step in steps if step["type"] != "LoadAnnotations"])
+    settings = Config.fromfile(find_config(config))
+    pipeline = Compose([step for step in settings.test_pipeline if step["type"] != "LoadAnnotations"])
+    training_pipeline = Compose(settings.train_pipeline)
+    preprocessor = SegDataPreProcessor(
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=(512, 512),
+    )
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 
     def preprocess():
@@ -137,16 +148,35 @@ def serve(model: nn.Module, config: str, image: str) -> None:
     def metric():
         return IoUMetric.intersect_and_union(label_map, labels, logits.shape[1], 255)
 
+    def cut_crop():
+        files = {"img_path": image, "seg_map_path": mask, "reduce_zero_label": True, "seg_fields": []}
+        return training_pipeline(files)
+
+    def cut_normalised_crop():
+        crop = cut_crop()
+        return preprocessor({"inputs": [crop["inputs"]], "data_samples": [crop["data_samples"]]}, training=True)
+
     pixel_values, original_size = preprocess()
     logits = forward()
     height, width = original_size
     labels = torch.randint(0, logits.shape[1], (height // 96 + 1, width // 96 + 1), dtype=torch.int32)
     labels = labels.repeat_interleave(96, 0).repeat_interleave(96, 1)[:height, :width]
     label_map = labels.roll(5, 1)
-    stages = {"preprocessing": preprocess, "forward": forward, "post-processing": postprocess, "metric": metric}
+    stages = {
+        "preprocessing": preprocess,
+        "forward": forward,
+        "post-processing": postprocess,
+        "metric": metric,
+        "training transform": cut_normalised_crop,
+        "training transform, without normalisation": cut_crop,
+    }
+    num_threads = torch.get_num_threads(), cv2.getNumThreads()
     print("ready", flush=True)
     for line in sys.stdin:
         repeats, stage = line.split(maxsplit=1)
+        is_training = stage.startswith("training")  # a worker of a loader has one thread
+        torch.set_num_threads(1 if is_training else num_threads[0])
+        cv2.setNumThreads(1 if is_training else num_threads[1])
         started = time.perf_counter()
         for _ in range(int(repeats)):
             stages[stage.strip()]()
@@ -202,7 +232,7 @@ def main() -> None:
     parser.add_argument("config", help="the beginning of a config's name, as twins_svt-s_uperhead")
     parser.add_argument("out", help="file to write: a checkpoint, with what it computes under `outputs`")
     parser.add_argument("--sizes", nargs="+", default=["512x512"], metavar="HEIGHTxWIDTH")
-    parser.add_argument("--serve", metavar="IMAGE", help="write weights alone, then time stages")
+    parser.add_argument("--serve", nargs=2, metavar=("IMAGE", "MASK"), help="write weights alone, then time stages")
     parser.add_argument(
         "--measure",
         nargs=3,
@@ -219,7 +249,7 @@ def main() -> None:
         return
     if args.serve is not None:
         torch.save({"state_dict": model.state_dict()}, args.out)
-        serve(model, args.config, args.serve)
+        serve(model, args.config, *args.serve)
         return
     generator = torch.Generator().manual_seed(1)
     sizes = [tuple(int(side) for side in size.split("x")) for size in args.sizes]

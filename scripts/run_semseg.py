@@ -14,20 +14,26 @@ import sys
 # data workers or any other program, and a CPU run beside one was measured ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from accelerate import PartialState  # noqa: E402
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError  # noqa: E402
 
-from twins_hf.training import parse_arguments, prepare_run, run  # noqa: E402
+from twins_hf.training import TrainingStopped, parse_arguments, prepare_run, run  # noqa: E402
 
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # which tells of every file of a checkpoint
     arguments = parse_arguments(sys.argv[1:], description=__doc__.splitlines()[0])
+    is_main_process = os.environ.get("RANK", "0") == "0"
     try:
         prepared = prepare_run(*arguments)
     except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
-    run(prepared)
+        sys.exit(f"error: {error}" if is_main_process else 1)
+    try:
+        run(prepared)
+    except TrainingStopped as error:
+        if error.is_local or is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -334,6 +334,7 @@ def test_the_loss_is_cross_entropy_at_label_size_with_the_auxiliary_part(tiny_mo
         return -picked.sum() / (labels.numel() if reduction == "all" else (labels != 255).sum())
 
     auxiliary = tiny_model.auxiliary_head(outputs.hidden_states[1:])
+    torch.testing.assert_close(outputs.auxiliary_loss, cross_entropy(auxiliary))
     torch.testing.assert_close(outputs.loss, cross_entropy(outputs.logits) + 0.4 * cross_entropy(auxiliary))
 
 

@@ -1,15 +1,19 @@
 """What users of transformers expect of a model and its processor beyond a forward pass."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import peft
 import PIL.Image
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from conftest import FAMILIES, TINY, randomize
 from hub_server import HubServer
 from safetensors import safe_open
@@ -238,3 +242,40 @@ def test_model_and_processor_are_pushed_to_the_hub_and_read_back(tiny_model, fol
         )
         python(SEGMENT, "tester/pushed", photo, "installed", HF_HOME=str(tmp_path / "reading"), **network)
     assert_segmented_as_by(tiny_model, photo)
+
+
+@pytest.fixture
+def lone_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_sharded_by_accelerates_fsdp2_has_the_gradients_of_a_whole_one(family, lone_process_group):
+    """accelerate itself wants a GPU before it comes to this function."""
+    config = TwinsConfig(**TINY, **FAMILIES[family], num_labels=3, classifier_dropout_prob=0.0)
+    whole = TwinsForSemanticSegmentation(config).train()
+    sharded = copy.deepcopy(whole)
+    torch.distributed.init_device_mesh("cpu", (1,))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=["TwinsLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=True,
+        device=torch.device("cpu"),
+        torch_device_mesh=None,
+        parallelism_config=None,
+    )
+    sharded = fsdp2_prepare_model(accelerator, sharded)
+    labels = torch.randint(0, 3, (2, 64, 64), generator=torch.Generator().manual_seed(2))
+    for model in (sharded, whole):
+        model(pixel_values=images(2, 3, 64, 64), labels=labels).loss.backward()
+    for (name, ours), (_, theirs) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
+        assert type(ours).__name__ == "DTensor", name
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)

@@ -1,7 +1,7 @@
 import numpy as np
 import PIL.Image
 
-from twins_hf.visualization import bar_chart, comparison, confusion_picture, overlay, palette
+from twins_hf.visualization import bar_chart, comparison, confusion_picture, overlay, palette, training_curves
 
 
 def test_colours_are_distinct():
@@ -50,3 +50,20 @@ def test_a_confusion_matrix_is_dark_where_pixels_are():
     np.testing.assert_allclose(shades, expected, atol=1)
     without_sky = confusion_picture(np.array([[8, 0, 1], [0, 0, 0], [5, 0, 5]]), ["wall", "sky", "tree"])
     assert without_sky.width == picture.shape[1] - cell  # it neither occurs nor is predicted
+
+
+def test_training_curves_have_a_panel_for_each_figure_that_was_recorded():
+    history = [{"step": step, "train/loss": 4.0 - step, "train/accuracy": step / 8} for step in range(1, 4)]
+    two = training_curves(history)
+    three = training_curves([*history, {"step": 3, "eval/mean_iou": 0.4}])
+    assert three.height == two.height * 3 // 2
+    is_line = (np.asarray(two) == (70, 110, 180)).all(axis=-1)
+    falling, rising = np.split(is_line, 2)
+    for panel, sign in ((falling, 1), (rising, -1)):  # the loss goes down from left to right, the accuracy up
+        rows, columns = np.nonzero(panel)
+        assert np.corrcoef(rows, columns)[0, 1] * sign > 0.9
+
+
+def test_a_figure_that_is_not_finite_leaves_a_gap():
+    picture = training_curves([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": float("nan")}])
+    assert picture.height < 300

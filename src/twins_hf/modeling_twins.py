@@ -431,6 +431,9 @@ class TwinsModel(TwinsPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps) if add_final_norm else None
         self.post_init()
 
+    def get_input_embeddings(self) -> TwinsPatchEmbeddings:
+        return self.embeddings
+
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> TwinsModelOutput:
         r"""
@@ -697,6 +700,18 @@ class TwinsAuxiliaryHead(nn.Module):
         return self.classifier(self.dropout(self.conv(feature_maps[2])))
 
 
+@dataclass
+class TwinsSegmenterOutput(SemanticSegmenterOutput):
+    """
+    What [`TwinsForSemanticSegmentation`] returns beside the usual.
+
+    Args:
+        auxiliary_loss (`torch.Tensor` of shape `()`): The auxiliary head's part of `loss`, before its weight.
+    """
+
+    auxiliary_loss: torch.Tensor | None = None
+
+
 DECODE_HEADS = {"upernet": TwinsUperNetHead, "fpn": TwinsSemanticFPNHead}
 
 
@@ -723,7 +738,7 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SemanticSegmenterOutput:
+    ) -> TwinsSegmenterOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised images of at
@@ -732,9 +747,9 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
                 `[0, config.num_labels - 1]`, or `config.semantic_loss_ignore_index`.
 
         Returns:
-            [`SemanticSegmenterOutput`]: `logits` (batch_size, num_labels, height / 4, width / 4); with `labels` the
-            `loss`, cross-entropy at the labels' size, the auxiliary head's part included; `hidden_states` and
-            `attentions` where asked for, as [`TwinsModel`] gives them.
+            [`TwinsSegmenterOutput`]: `logits` (batch_size, num_labels, height / 4, width / 4); with `labels` the
+            `loss`, cross-entropy at the labels' size, the auxiliary head's part included, and that part as
+            `auxiliary_loss`; `hidden_states` and `attentions` where asked for, as [`TwinsModel`] gives them.
 
         Raises:
             `ValueError`: if `pixel_values` have another number of channels or are too small.
@@ -743,15 +758,19 @@ class TwinsForSemanticSegmentation(TwinsPreTrainedModel):
         feature_maps = outputs.feature_maps[1:]
         logits = self.decode_head(feature_maps)
 
-        loss = None
+        loss, auxiliary_loss = None, None
         if labels is not None:
             loss = self.segmentation_loss(logits, labels)
             if self.auxiliary_head is not None:
                 auxiliary_loss = self.segmentation_loss(self.auxiliary_head(feature_maps), labels)
                 loss = loss + self.config.auxiliary_loss_weight * auxiliary_loss
 
-        return SemanticSegmenterOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return TwinsSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            auxiliary_loss=auxiliary_loss,
         )
 
     def segmentation_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:

@@ -119,3 +119,53 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str]) -> PIL.Image.Ima
         column_draw.text((0, middle), name, fill="black", font=font, anchor="lm")
     picture.paste(column_names.transpose(PIL.Image.Transpose.ROTATE_90), (left, MARGIN // 2))
     return picture
+
+
+def training_curves(history: Sequence[Mapping[str, float]]) -> PIL.Image.Image:
+    """
+    A run's figures over its iterations, a panel each: loss, auxiliary loss, accuracy and mean IoU.
+
+    Args:
+        history: Records with `step` and some of `train/loss`, `train/auxiliary_loss`, `train/accuracy` and
+            `eval/mean_iou`.
+    """
+    figures = {
+        "loss": "train/loss",
+        "auxiliary loss": "train/auxiliary_loss",
+        "accuracy in training": "train/accuracy",
+        "mean IoU": "eval/mean_iou",
+    }
+    panels = []
+    for title, key in figures.items():
+        points = [(record["step"], record[key]) for record in history if np.isfinite(record.get(key, np.nan))]
+        if points:
+            panels.append(curve(title, *zip(*points, strict=True)))
+    picture = PIL.Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)), "white")
+    for position, panel in enumerate(panels):
+        picture.paste(panel, (0, position * panel.height))
+    return picture
+
+
+def curve(title: str, steps: Sequence[int], values: Sequence[float]) -> PIL.Image.Image:
+    """A line through the values, from 0 to a little above the largest, with the last one written beside it."""
+    width, height, left = 640, 180, 60  # of the plotted area, and what stands before it
+    font, top = ImageFont.load_default(size=13), 2 * MARGIN
+    limit, last_step = 1.05 * max(*values, 1e-9), max(*steps, 1)
+    picture = PIL.Image.new("RGB", (left + width + 6 * MARGIN, top + height + 3 * MARGIN), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 4), f"{title}, by iteration", fill="black", font=font)
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y, x = top + height * (1 - share), left + width * share
+        draw.line((left, y, left + width, y), fill=(225, 225, 225))
+        draw.text((left - 5, y), f"{share * limit:.3g}", fill="black", font=font, anchor="rm")
+        draw.text((x, top + height + 3), f"{share * last_step:.0f}", fill="black", font=font, anchor="ma")
+    points = [
+        (left + width * step / last_step, top + height * (1 - max(value, 0.0) / limit))
+        for step, value in zip(steps, values, strict=True)
+    ]
+    if len(points) > 1:
+        draw.line(points, fill=(70, 110, 180), width=2)
+    x, y = points[-1]
+    draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(70, 110, 180))
+    draw.text((x + 6, y), f"{values[-1]:.3g}", fill="black", font=font, anchor="lm")
+    return picture

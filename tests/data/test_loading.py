@@ -1,13 +1,16 @@
+import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from twins_hf.data import check_examples, load_segmentation_data, read_example
-from twins_hf.data.loading import undecoded
+from twins_hf.data.loading import read_training_example, undecoded
 
 
 def save(array, path):
@@ -183,6 +186,53 @@ def test_a_corrupt_image_is_named_and_a_mended_one_is_read_again(image_folder):
     check_examples(load_segmentation_data(str(image_folder)), "train")
 
 
+def test_unusable_training_files_can_be_left_out_and_are_named(image_folder, caplog):
+    for kind, name in (("images", "photo_1.png"), ("annotations", "photo_3.png")):
+        path = image_folder / kind / "training" / name
+        path.write_bytes(path.read_bytes()[:60])
+    data = load_segmentation_data(str(image_folder))
+    with caplog.at_level("WARNING", "twins_hf"):
+        check_examples(data, "train", skip_corrupt=True)
+    assert [Path(example.name).name for example in examples(data, "train")] == ["photo_0.png", "photo_2.png"]
+    (record,) = caplog.records
+    assert record.message.startswith("2 of 4 examples of the train split cannot be used and are left out:")
+    assert "images/training/photo_1.png: cannot be" in record.message
+    assert "annotations/training/photo_3.png: cannot be" in record.message
+    check_examples(data, "train")
+
+
+def test_a_validation_split_is_never_cut_nor_a_training_split_to_nothing(image_folder):
+    for path in (
+        *(image_folder / "images").glob("training/*"),
+        image_folder / "images" / "validation" / "photo_0.png",
+    ):
+        path.write_bytes(b"")
+    data = load_segmentation_data(str(image_folder))
+    with pytest.raises(
+        ValueError, match="1 of 2 examples of the validation split cannot be used:\n.*photo_0.png: cann"
+    ):
+        check_examples(data, "validation", skip_corrupt=True)
+    with pytest.raises(ValueError, match="4 of 4 examples of the train split cannot be used:\n"):
+        check_examples(data, "train", skip_corrupt=True)
+
+
+def test_large_splits_are_checked_by_several_processes(image_folder, monkeypatch):
+    data, asked = load_segmentation_data(str(image_folder)), []
+    true_map = Dataset.map
+    monkeypatch.setattr(
+        Dataset,
+        "map",
+        lambda rows, *args, num_proc, **kwargs: asked.append(num_proc) or true_map(rows, *args, **kwargs),
+    )
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    check_examples(data, "train")
+    monkeypatch.setattr("twins_hf.data.loading.ROWS_FOR_SEVERAL_PROCESSES", 4)
+    check_examples(data, "train")
+    check_examples(data, "train", num_proc=3)
+    check_examples(data, "validation")
+    assert asked == [None, 8, 3, None]
+
+
 def test_a_label_out_of_range_is_named_with_its_file(image_folder):
     save(np.full((40, 70), 200, np.uint8), image_folder / "annotations" / "training" / "photo_0.png")
     problem = problem_of(image_folder)
@@ -216,6 +266,60 @@ def test_palette_masks_hold_their_indices(image_folder):
     coloured.putpalette([10, 20, 30] * 256)
     coloured.save(path)
     np.testing.assert_array_equal(examples(load_segmentation_data(str(image_folder)), "train")[0].labels, expected)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_training_reads_the_pixels_and_labels_that_evaluation_reads(mode, subsampling, orientation):
+    rng = np.random.default_rng(0)
+    image = PIL.Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)).convert(mode)
+    mask = PIL.Image.fromarray(rng.integers(0, 256, (37, 53) if orientation is None else (53, 37), dtype=np.uint8))
+    exif = PIL.Image.Exif()
+    if orientation is not None:
+        exif[PIL.ExifTags.Base.Orientation] = orientation
+    row = {}
+    for column, picture, form in (("image", image, "JPEG"), ("label", mask, "PNG")):
+        buffer = io.BytesIO()
+        more = {"subsampling": subsampling, "exif": exif} if form == "JPEG" else {}
+        picture.save(buffer, form, **more)
+        row[column] = {"bytes": buffer.getvalue(), "path": None}
+    for do_reduce_labels in (False, True):
+        found, expected = (read(row, 0, do_reduce_labels) for read in (read_training_example, read_example))
+        np.testing.assert_array_equal(found.pixels.transpose(1, 2, 0), np.asarray(expected.image.convert("RGB")))
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        assert found.name == expected.name == "example 0"
+
+
+def test_training_reads_every_kind_of_png_mask_as_evaluation_does():
+    values = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    image = io.BytesIO()
+    PIL.Image.new("RGB", (30, 20)).save(image, "JPEG")
+    masks = {"plain": {}, "transparent": {"transparency": 7}, "of four bits": {"bits": 4}, "turned": {"exif": exif}}
+    for kind, more in masks.items():
+        mask = PIL.Image.fromarray(values // 16 if kind == "of four bits" else values)
+        if kind == "of four bits":
+            mask = mask.convert("P")
+        if kind == "turned":
+            mask = mask.transpose(PIL.Image.Transpose.ROTATE_90)
+        buffer = io.BytesIO()
+        mask.save(buffer, "PNG", **more)
+        row = {"image": {"bytes": image.getvalue(), "path": None}, "label": {"bytes": buffer.getvalue(), "path": None}}
+        found, expected = (read(row, 0, True) for read in (read_training_example, read_example))
+        np.testing.assert_array_equal(found.labels, expected.labels, err_msg=kind)
+
+
+def test_training_names_a_cut_image_as_evaluation_does():
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    for broken in (content[:-200], content[:50], b""):
+        row = {"image": {"bytes": broken, "path": "a.jpg"}, "label": {"bytes": b"", "path": "a.png"}}
+        for read in (read_training_example, read_example):
+            with pytest.raises(ValueError, match="^a.jpg: cannot be read as an image"):
+                read(row, 0, False)
 
 
 def test_the_generated_set_loads_by_name():

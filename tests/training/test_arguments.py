@@ -43,6 +43,17 @@ def test_the_defaults_are_the_papers_setting():
         (["--eval_only", "--model_name_or_path", "x", "--push_to_hub"], "does not go with --eval_only"),
         (["--config_overrides", "[1]"], "--config_overrides [1] must be a JSON object"),
         (["--config_overrides", "{"], "--config_overrides { is no JSON"),
+        (["--config_overrides", '{"depth": [1]}'], "--config_overrides: TwinsConfig has no depth"),
+        (["--total_train_batch_size", "16", "--gradient_accumulation_steps", "2"], "only one of the two can be set"),
+        (["--freeze_encoder", "--lora_rank", "4"], "--freeze_encoder does not go with --lora_rank"),
+        (["--ema_decay", "1.5"], "--ema_decay 1.5 must lie in (0, 1]"),
+        (["--layer_decay", "0"], "--layer_decay 0.0 must lie in (0, 1]"),
+        (["--lr_end", "1"], "--lr_end 1.0 must lie between 0 and --learning_rate"),
+        (
+            ["--lr_end", "1e-6", "--lr_scheduler_type", "cosine"],
+            "--lr_end 1e-06 does not go with --lr_scheduler_type",
+        ),
+        (["--max_nonfinite", "-1"], "--max_nonfinite -1 must be at least 0"),
         (["missing.yaml"], "missing.yaml: "),
     ],
 )
@@ -60,3 +71,12 @@ def test_a_file_that_is_no_mapping_or_has_an_unknown_option_is_refused(tmp_path,
         with pytest.raises(SystemExit):
             parse_arguments([str(path)])
         assert message in capsys.readouterr().err
+
+
+def test_a_file_is_read_as_yaml_1_2(tmp_path):
+    """In which `no` is a word and 1e-6 a number."""
+    path = tmp_path / "run.yaml"
+    path.write_text("mixed_precision: no\nuse_cpu: true\nconfig_overrides:\n  layer_norm_eps: 1e-6\n")
+    model_args, _, args = parse_arguments([str(path)])
+    assert (args.mixed_precision, args.use_cpu) == ("no", True)
+    assert json.loads(model_args.config_overrides) == {"layer_norm_eps": 1e-6}

@@ -3,73 +3,33 @@
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, image_folder
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from training_runs import launch, options, results_of, run_changed, run_here
 from transformers import pipeline
 
 from twins_hf import TwinsConfig, TwinsForImageClassification, TwinsImageProcessor
 from twins_hf.conversion import export_state_dict
-from twins_hf.data import SegmentationTrainTransform, load_segmentation_data
+from twins_hf.data import load_segmentation_data
 from twins_hf.publishing import CODE
 from twins_hf.training import DataArguments, ModelArguments
-from twins_hf.training.run import TrainingStream, build_image_processor, build_model, find_pretrained
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_semseg.py"
-
-
-def options(dataset_name, folder, /, **changed):
-    values = {
-        "dataset_name": dataset_name,
-        "output_dir": folder,
-        "variant": "svt-s",
-        "config_overrides": json.dumps(TINY),
-        "shortest_edge": 48,
-        "longest_edge": 192,
-        "crop_size": 48,
-        "max_steps": 4,
-        "logging_steps": 2,
-        "learning_rate": 0.002,
-        "use_cpu": "true",
-        "num_pictures": 1,
-    }
-    values |= changed
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
-
-
-def launch(*words, processes=1, **environment):
-    """One thread a process, so that one and two processes round alike."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
-    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
-    return subprocess.run(
-        [*command, "--quiet", str(SCRIPT), *words], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def results_of(folder):
-    results = json.loads((folder / "all_results.json").read_text())
-    return {name: value for name, value in results.items() if "runtime" not in name and "second" not in name}
+from twins_hf.training.preparation import build_image_processor, build_model, find_pretrained
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run of one process, its data and its log."""
-    from conftest import image_folder
-
     root = tmp_path_factory.mktemp("run")
     photos = image_folder.__wrapped__(root)
     finished = launch(*options(photos, root / "whole", save_steps=2))
@@ -132,15 +92,11 @@ def test_a_killed_evaluation_goes_on_where_it_was(trained, tmp_path):
     assert values.max() <= 2 and len(list((tmp_path / "one" / "predictions").iterdir())) == 2
 
     kill = (  # when the first image has been written down
-        "import os, runpy, sys, twins_hf.evaluation as evaluation\n"
+        "import twins_hf.evaluation as evaluation\n"
         "add = evaluation.EvaluationLog.add\n"
-        "evaluation.EvaluationLog.add = lambda *args: (add(*args), os.kill(os.getpid(), 9))\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "evaluation.EvaluationLog.add = lambda *args: (add(*args), os.kill(os.getpid(), 9))"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", kill, str(SCRIPT), *words[1]], env=environment, capture_output=True)
-    assert killed.returncode == -9
+    assert run_changed(kill, *words[1]).returncode == -9
     finished = launch(*words[1])
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
@@ -164,17 +120,6 @@ def test_two_processes_score_exactly_as_one_also_on_an_uneven_set(trained, tmp_p
     assert results_of(tmp_path / "scores_1")["eval_samples"] == 3
 
 
-def test_two_processes_train_on_the_samples_of_one(trained, tmp_path):
-    photos, _, _ = trained
-    for processes, batch_size in ((1, 4), (2, 2)):
-        words = options(photos, tmp_path / str(processes), per_device_train_batch_size=batch_size)
-        finished = launch(*words, processes=processes)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-        assert "4 images, 4 crops an iteration" in finished.stderr
-    one, two = (results_of(tmp_path / str(processes))["train_loss"] for processes in (1, 2))
-    assert one == pytest.approx(two, rel=0.1)  # batch norm and the mean over pixels are taken per process
-
-
 def test_accumulated_forward_passes_in_bfloat16_make_an_iteration(trained, tmp_path):
     photos, _, _ = trained
     changed = {"gradient_accumulation_steps": 2, "mixed_precision": "bf16", "save_steps": 1, "save_total_limit": 2}
@@ -186,18 +131,6 @@ def test_accumulated_forward_passes_in_bfloat16_make_an_iteration(trained, tmp_p
     assert math.isfinite(results_of(tmp_path / "run")["train_loss"])
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert {weight.dtype for name, weight in weights.items() if name.endswith("weight")} == {torch.float32}
-
-
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tmp_path):
-    photos, folder, _ = trained
-    resumed = tmp_path / "resumed"
-    shutil.copytree(folder / "checkpoint-2", resumed / "checkpoint-2")
-    finished = launch(*options(photos, resumed, save_steps=2, resume_from_checkpoint="latest"))
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert "checkpoint-2 at iteration 2" in finished.stderr
-    ours, theirs = (load_file(path / "model.safetensors") for path in (resumed, folder))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert results_of(resumed)["eval_mean_iou"] == results_of(folder)["eval_mean_iou"]
 
 
 def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
@@ -221,6 +154,7 @@ def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
             "per_class.md",
             "per_class.png",
             "confusion_matrix.png",
+            "training.png",
             "overlays/photo_0.png",
             *(f"{name}.py" for name in CODE),
         }
@@ -244,7 +178,7 @@ def test_a_pushed_run_loads_from_the_hub(trained, tmp_path):
             "has 3 classes but .* has 4.*ignore_mismatched_sizes",
         ),
         ({"report_to": "swanlab"}, "--report_to swanlab: that tracker is not installed"),
-        ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: .* has no checkpoint"),
+        ({"resume_from_checkpoint": "{folder}/nothing"}, "--resume_from_checkpoint .*: there is no such folder"),
         ({"config_overrides": '{"depths": [1]}'}, r"depths=\[1\] must be four"),
     ],
 )
@@ -255,12 +189,16 @@ def test_what_can_be_known_before_ends_in_one_sentence(trained, tmp_path, change
     paths = {"photos": photos, "folder": folder, "names": names}
     if "depths" not in changed.get("config_overrides", ""):
         changed = {name: value.format(**paths) for name, value in changed.items()}
-    words = options(photos, tmp_path / "out", **changed)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run([sys.executable, str(SCRIPT), *words], env=environment, capture_output=True, text=True)
+    with pytest.raises((ValueError, OSError), match=message):
+        run_here(*options(photos, tmp_path / "out", **changed))
+
+
+def test_the_script_ends_with_that_sentence_alone(trained, tmp_path):
+    photos, folder, _ = trained
+    finished = launch(*options(photos, folder))
     assert finished.returncode == 1
-    assert re.search(f"error: .*{message}", finished.stderr, re.DOTALL), finished.stderr[-2000:]
-    assert "Traceback" not in finished.stderr and "Training on" not in finished.stderr
+    assert re.search(r"error: --output_dir .*already holds a run", finished.stderr)
+    assert "Training on" not in finished.stderr and "run_semseg.py" not in finished.stderr.split("error:")[1][:200]
 
 
 @pytest.mark.parametrize("source", ["this library", "timm"])
@@ -283,43 +221,12 @@ def test_an_imagenet_checkpoint_gives_its_encoder_but_neither_processor_nor_miss
     pretrained = find_pretrained(model_args, tmp_path)
     model = build_model(model_args, pretrained, data, eval_only=False)
     assert model.config.norm_after_stage and model.config.num_labels == 3
+    assert (model.config.window_padding, model.config.decoder_type) == ("mmseg", "upernet")
+    overrides = ModelArguments(model_args.model_name_or_path, config_overrides='{"decoder_type": "fpn"}')
+    fpn = build_model(overrides, pretrained, data, eval_only=False)
+    assert fpn.config.decoder_hidden_size == 256 and fpn.auxiliary_head is None
     name = "stages.1.layers.0.attention.qkv_proj.weight"
     assert torch.equal(model.twins.state_dict()[name], classifier.twins.state_dict()[name])
     image_processor = build_image_processor(pretrained, DataArguments(crop_size=64), data)
     assert not image_processor.do_center_crop and image_processor.crop_size.height == 64
     assert dict(image_processor.size) == {"shortest_edge": 512, "longest_edge": 2048}
-
-
-@pytest.fixture
-def stream(image_folder):
-    data = load_segmentation_data(str(image_folder))
-    transform = SegmentationTrainTransform((32, 32), {"shortest_edge": 32, "longest_edge": 128})
-    return lambda start, stop: TrainingStream(data.splits["train"], False, transform, 0, start, stop)
-
-
-def test_a_position_of_the_stream_depends_on_nothing_but_the_seed(stream):
-    torch.manual_seed(1)
-    whole = [stream(0, 12)[position] for position in range(12)]
-    torch.manual_seed(2)
-    later = stream(5, 12)
-    for offset in reversed(range(7)):
-        for name in ("pixel_values", "labels"):
-            assert torch.equal(later[offset][name], whole[5 + offset][name])
-    assert not torch.equal(whole[0]["pixel_values"], whole[4]["pixel_values"])
-
-
-def test_an_epoch_of_the_stream_holds_every_image_once(stream):
-    orders = [stream(0, 12).draw_epoch_order(epoch).tolist() for epoch in range(6)]
-    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
-
-
-def test_the_stream_travels_to_workers_that_are_started_anew(stream):
-    here, there = stream(0, 4), pickle.loads(pickle.dumps(stream(0, 4)))
-    assert torch.equal(here[1]["pixel_values"], there[1]["pixel_values"])
-
-
-def test_the_stream_leaves_the_global_random_state_alone(stream):
-    state = torch.get_rng_state()
-    stream(0, 4)[0]
-    assert torch.equal(torch.get_rng_state(), state)

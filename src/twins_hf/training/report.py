@@ -1,27 +1,18 @@
 """What a run leaves in writing: scores as JSON and Markdown, and the model card."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.loading import SegmentationData
 from ..evaluation import per_class_table
 from ..visualization import bar_chart, confusion_picture
-
-if TYPE_CHECKING:
-    from .run import Run
+from .preparation import Run
+from .scoring import scalars
 
 DECODER_NAMES = {"upernet": "UPerNet", "fpn": "Semantic FPN"}
-
-
-def scalars(results: dict) -> dict[str, float]:
-    return {name: float(value) for name, value in results.items() if np.ndim(value) == 0}
 
 
 def write_results(prepared: Run, results: dict) -> None:
@@ -49,9 +40,6 @@ def class_table(results: dict, data: SegmentationData) -> str:
 def write_model_card(prepared: Run, results: dict) -> None:
     """`README.md`: what was trained on what, how, and what it scores."""
     model_args, data_args, args, data = prepared.model_args, prepared.data_args, prepared.args, prepared.data
-    batch_size = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * prepared.accelerator.num_processes
-    )
     scores = {
         "mean_iou": "Mean IoU",
         "mean_accuracy": "Mean accuracy",
@@ -90,10 +78,10 @@ def write_model_card(prepared: Run, results: dict) -> None:
         f'segment = pipeline("image-segmentation", "{prepared.hub_model_id or prepared.output_dir}")\n'
         'segment("photo.jpg")\n```',
         "## Data",
-        f"{dataset}: {len(data.splits['train'])} training and {len(data.splits['validation'])} validation images, "
+        f"{dataset}: {prepared.train_size} training and {len(data.splits['validation'])} validation images, "
         f"{len(data.id2label)} classes.",
         "## Training",
-        f"Started from {start}. {results['train_steps']} iterations of {batch_size} crops of "
+        f"Started from {start}. {results['train_steps']} iterations of {prepared.total_batch_size} crops of "
         f"{sizes.crop_size.height}x{sizes.crop_size.width}, scales {data_args.ratio_range[0]} to "
         f"{data_args.ratio_range[1]} of {dict(sizes.size)}; AdamW with learning rate {args.learning_rate:g} and "
         f"weight decay {args.weight_decay:g}, polynomial decay of power {args.lr_power:g}; "

@@ -115,10 +115,11 @@ def inference_rows(variant: str, python: str | None, rounds: int, folder: Path) 
         run(pixel_values)
     functions = {name: lambda run=run: seconds(lambda: run(pixel_values), 1) for name, run in runs.items()}
     if python is not None:
-        image = folder / "photo.png"
-        PIL.Image.fromarray(np.zeros((512, 512, 3), np.uint8)).save(image)
+        image, mask = folder / "photo.png", folder / "mask.png"
+        PIL.Image.new("RGB", (512, 512)).save(image)
+        PIL.Image.new("L", (512, 512)).save(mask)
         config, checkpoint = f"twins_{variant}_uperhead", folder / "mmseg.pth"
-        reference = MMSegmentation(python, config, checkpoint, str(image))
+        reference = MMSegmentation(python, config, checkpoint, str(image), str(mask))
         functions["MMSegmentation"] = lambda: reference.seconds("forward", 1)
     times = in_turns(functions, rounds)
 

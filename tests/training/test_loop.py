@@ -3,18 +3,15 @@
 import json
 import logging
 import math
-import multiprocessing
-import os
 import re
 import shutil
-import signal
 
 import PIL.Image
 import pytest
 import torch
 from conftest import TINY, image_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import are_equal, options, results_of, run_here, weights_of
+from training_runs import are_equal, options, results_of, run_changed, run_here, weights_of
 
 from twins_hf import TwinsConfig, TwinsForSemanticSegmentation
 from twins_hf.data import load_segmentation_data
@@ -46,9 +43,13 @@ def initial_weights(**changed):
 
 
 def assert_close(folder, other):
-    theirs = weights_of(other)
-    for name, weight in weights_of(folder).items():
-        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-5)
+    """The weights moved alike: AdamW makes steps of rounding where a gradient is next to nothing, so that single ones
+    differ, but all together by less than a hundredth of their way."""
+    before, ours, theirs = initial_weights(), weights_of(folder), weights_of(other)
+    names = [name for name in ours if ours[name].is_floating_point()]
+    apart = sum((ours[name] - theirs[name]).square().sum() for name in names)
+    way = sum((theirs[name] - before[name]).square().sum() for name in names)
+    assert apart.sqrt() < 0.01 * way.sqrt()
 
 
 def test_gradient_checkpointing_changes_no_weight(plain, tmp_path):
@@ -303,21 +304,22 @@ def test_a_run_that_skips_corrupt_files_counts_and_names_them(plain, tmp_path, m
     assert re.search(r"Skipped .*photo_1.png", messages())
 
 
-def test_a_killed_data_worker_ends_the_run_in_one_sentence(plain, tmp_path, monkeypatch, messages):
+def test_a_killed_data_worker_ends_the_run_in_one_sentence(plain, tmp_path):
     photos, _ = plain
-    report = loop.report
-
-    def report_and_kill(*args):
-        report(*args)
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGKILL)
-
-    monkeypatch.setattr(loop, "report", report_and_kill)
-    words = options(photos, tmp_path, max_steps=200, save_steps=1, dataloader_num_workers=1)
-    with pytest.raises(TrainingStopped, match="DataLoader worker .* killed by signal"):
-        run_here(*words)
+    kill = (
+        "import multiprocessing, twins_hf.training.loop as loop\n"
+        "report = loop.report\n"
+        "def report_and_kill(*args):\n"
+        "    report(*args)\n"
+        "    for worker in multiprocessing.active_children():\n"
+        "        os.kill(worker.pid, 9)\n"
+        "loop.report = report_and_kill"
+    )
+    finished = run_changed(kill, *options(photos, tmp_path, max_steps=200, save_steps=1, dataloader_num_workers=1))
+    assert finished.returncode == 1
+    assert re.search(r"error: DataLoader worker \(pid \d+\) is killed by signal: Killed", finished.stderr)
+    assert "To go on, give the same command again with --resume_from_checkpoint latest" in finished.stderr
     assert find_damage(tmp_path / "checkpoint-1") is None
-    assert "To go on" in messages()
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ class ResizedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
         _, num_labels, height, width = logits.shape
-        size, total = labels.shape[-2:], logits.new_zeros((), dtype=torch.float32)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        size, total = labels.shape[-2:], logits.new_zeros((), dtype=dtype)
         upsampling = shifted_upsampling(size[0], height, total)[:, 1]  # (H, h)
-        positions = logits.float().permute(0, 2, 3, 1).flatten(2)  # (B, h, w * num_labels)
+        positions = logits.to(dtype).permute(0, 2, 3, 1).flatten(2)  # (B, h, w * num_labels)
         gradient = torch.zeros_like(positions) if ctx.needs_input_grad[0] else None
         num_rows = max(1, 2**22 // (size[1] * num_labels))
         with torch.autocast(logits.device.type, enabled=False):
@@ -55,8 +56,9 @@ class ResizedCrossEntropy(torch.autograd.Function):
 
 
 def resized_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """The sum of cross-entropies of logits (B, num_labels, h, w), resized to the labels (B, H, W), in float32."""
+    """The sum of cross-entropies of logits (B, num_labels, h, w), resized to the labels (B, H, W), in float32 at
+    least."""
     if torch.compiler.is_compiling():  # which finds the steps worth fusing itself
-        scores = resize(logits.float(), labels.shape[-2:])
+        scores = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:])
         return torch.nn.functional.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="sum")
     return ResizedCrossEntropy.apply(logits, labels, ignore_index)

@@ -16,13 +16,6 @@ from twins_hf.training.optimization import build_scheduler, parameter_groups
 from twins_hf.training.preparation import Run, build_accelerator
 
 
-@pytest.fixture(autouse=True)
-def double_precision(monkeypatch):
-    """The loss too in double precision, not in single as the model takes it: the first iteration's update of 6e-11
-    drowns in rounding, and AdamW divides by nearly nothing where a gradient is nearly nothing."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 @pytest.fixture
 def fresh_accelerate():
     """What accelerate keeps for a process does not outlive the test."""
@@ -42,6 +35,8 @@ def batch_of(seed):
 def model_of(family, **settings):
     """In training, with nothing random in it."""
     config = TwinsConfig(**TINY, **FAMILIES[family], num_labels=3, classifier_dropout_prob=0.0, **settings)
+    # In double precision: the first iteration's update of 6e-11 would drown in rounding, and AdamW divides by nearly
+    # nothing where a gradient is nearly nothing.
     return randomize(TwinsForSemanticSegmentation(config)).double().train()
 
 

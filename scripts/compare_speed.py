@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time and memory of Twins here and elsewhere, as ratios, on random weights: writes docs/performance.md and its plot.
+"""Time and memory of Twins here and elsewhere, as ratios, on random weights: what docs/performance.md holds.
 
 python scripts/compare_speed.py --mmseg-python mmseg/bin/python
 
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=7, help="of inference, defaults to %(default)s")
     parser.add_argument("--training-rounds", type=int, default=3, help="defaults to %(default)s")
-    parser.add_argument("--out", default="docs", help="folder of performance.md's tables and its plot")
+    parser.add_argument("--out", default="docs", help="folder that the plot is written into")
     parser.add_argument("--measure", nargs=4, metavar=("MODEL", "TASK", "SIZE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:

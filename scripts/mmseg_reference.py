@@ -8,7 +8,7 @@ MMSegmentation's Twins with seeded random weights, what they compute, and how lo
     mmseg/bin/python scripts/mmseg_reference.py twins_svt-s_uperhead svt-s.pth --sizes 512x512 448x700
 
 With `--serve IMAGE MASK` it reads lines such as `5 forward` from its standard input and answers each with the seconds
-that one of the five took.
+that one of its stages took.
 """
 
 import argparse

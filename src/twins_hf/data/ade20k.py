@@ -1,11 +1,11 @@
 """The ADE20K benchmark (ADEChallengeData2016): its archive, and its 150 classes by class id from 0."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import aiohttp
 from datasets import DownloadConfig, DownloadManager
+from huggingface_hub.utils.sha import sha_fileobj
 
 ADE20K_CLASSES = (
     "wall",
@@ -223,12 +223,10 @@ def check_archive(path: Path, archive: Archive) -> None:
     """
     expected, found = f"{archive.num_bytes:,} bytes", f"{path.stat().st_size:,} bytes"
     if found == expected:
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-        expected, found = f"the SHA-256 {archive.sha256}", digest.hexdigest()
-        if digest.hexdigest() == archive.sha256:
+            found = sha_fileobj(file).hex()
+        expected = f"the SHA-256 {archive.sha256}"
+        if found == archive.sha256:
             return
     path.unlink()
     raise ValueError(

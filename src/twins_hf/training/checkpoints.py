@@ -1,7 +1,6 @@
 """Checkpoints of a run: written whole or not at all, checked before they are used, and the oldest removed."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 
 logger = get_logger(__name__)
@@ -71,9 +71,9 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> Path:
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int) -> Path:
     """
-    Writes `checkpoint-<step>`, under another name first, and leaves the newest `limit` checkpoints.
+    Writes `checkpoint-<step>`, under another name first, and leaves the newest `limit` checkpoints (0: all).
 
     Raises:
         `TrainingStopped`: if it cannot be written; the checkpoints before it are as they were.
@@ -129,19 +129,12 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("r+b") as file:
             os.fsync(file.fileno())
-        manifest[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
+            digest = sha_fileobj(file).hex()
+        manifest[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-
-
-def digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def find_damage(folder: Path) -> str | None:
@@ -156,8 +149,9 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes in place of {expected['size']}"
-        if digest(path) != expected["sha256"]:
-            return f"the content of {name} has changed"
+        with path.open("rb") as file:
+            if sha_fileobj(file).hex() != expected["sha256"]:
+                return f"the content of {name} has changed"
     return None
 
 

@@ -232,10 +232,14 @@ def train_in_batches(
     skipped_files: set[str] = set()
     evaluated_step = 0
     bar = tqdm(total=args.max_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process)
+
+    def is_every(steps: int | None) -> bool:
+        """Whether so many iterations have passed, or a multiple of them."""
+        return bool(steps) and progress.step % steps == 0
+
     with StopSignals() as signals, bar:
         while True:
-            is_evaluation_due = args.eval_steps is not None and progress.step % args.eval_steps == 0
-            if is_evaluation_due and evaluated_step < progress.step < args.max_steps:
+            if is_every(args.eval_steps) and evaluated_step < progress.step < args.max_steps:
                 with window.pause():
                     signals.is_interruptible = args.save_steps > 0
                     evaluate(prepared, finished_model(prepared, model, averaged))
@@ -280,12 +284,11 @@ def train_in_batches(
             bar.update()
 
             is_last = progress.step == args.max_steps
-            if progress.step % args.logging_steps == 0 or is_last:
+            if is_every(args.logging_steps) or is_last:
                 report(prepared, window, learning_rates, bar)
                 window = Window(progress.step, accelerator.device)
-            is_evaluation_due = args.eval_steps is not None and progress.step % args.eval_steps == 0
-            is_due = args.save_steps > 0 and (progress.step % args.save_steps == 0 or is_evaluation_due or is_last)
-            if is_due or is_stopped:
+            is_due = is_every(args.save_steps) or is_every(args.eval_steps) or is_last
+            if (args.save_steps and is_due) or is_stopped:
                 with window.pause():
                     save_checkpoint(accelerator, prepared.output_dir, progress.step, args.save_total_limit)
             if is_stopped:

@@ -6,11 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, set_seed
 from datasets import Dataset
 from huggingface_hub import HfApi
 from transformers.utils import is_peft_available
@@ -148,7 +147,7 @@ def prepare_run(model_args: ModelArguments, data_args: DataArguments, args: Trai
 def build_accelerator(args: TrainingArguments, model_args: ModelArguments) -> Accelerator:
     trackers = args.report_to
     if trackers is None:
-        trackers = ["tensorboard"] if accelerate.utils.is_tensorboard_available() and not args.eval_only else []
+        trackers = ["tensorboard"] if is_tensorboard_available() and not args.eval_only else []
     elif trackers == ["none"]:
         trackers = []
     accelerator = Accelerator(

@@ -230,7 +230,8 @@ def test_every_layer_norm_has_its_own_epsilon(tiny_config):
 def test_real_positions_attend_to_no_padding_whichever_side_has_it(size):
     model = randomize(TwinsForSemanticSegmentation(TwinsConfig(**TINY, **FAMILIES["svt"], num_labels=3)))
     hidden_states = torch.randn(2, *size, 8, generator=torch.Generator().manual_seed(1))
-    attended, _ = model.twins.stages[0].layers[0].attention(hidden_states)
+    attention = model.twins.stages[0].layers[0].attention
+    attended, _ = attention(hidden_states, attention.padding_mask(hidden_states))
     for ours, image in zip(attended, hidden_states, strict=True):
         plain = PlainTwins(model).lsa("twins.stages.0.layers.0.attention", image, stage=0)
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 # F(4x4, 3x3) of "Fast Algorithms for Convolutional Neural Networks" (Lavin and Gray, arXiv 1509.09308).
 TILE = 4
@@ -42,6 +43,15 @@ def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return nn.functional.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
 
 
+def crop(feature_map: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The first rows and columns of (B, H, W, C)."""
+    if statically_known_true(feature_map.shape[1] >= height) and statically_known_true(feature_map.shape[2] >= width):
+        return feature_map[:, :height, :width]
+    # A slice's strides tell whether it left something out; a program traced for any size must not depend on that.
+    rows, columns = (torch.arange(length, device=feature_map.device) for length in (height, width))
+    return feature_map.index_select(1, rows).index_select(2, columns)
+
+
 def both_axes(transform: tuple, like: torch.Tensor) -> torch.Tensor:
     """A transform of rows and columns at once: the Kronecker product of (out, in) with itself."""
     matrix = torch.tensor(transform, dtype=like.dtype, device=like.device)
@@ -56,15 +66,23 @@ def winograd_weights(weight: torch.Tensor) -> list[torch.Tensor]:
     return [(transform @ group).view(36, -1, weight.shape[1]).transpose(1, 2) for group in groups]
 
 
-def winograd_tiles(feature_map: torch.Tensor, image: int, top: int, bottom: int) -> torch.Tensor:
-    """Rows `top` to `bottom` of an image of (B, H, W, C), zeros around the map -> (36, tiles, C), transformed tiles
-    of 6x6 that overlap by 2."""
-    _, height, width, channels = feature_map.shape
-    band = feature_map[image, max(top - 1, 0) : bottom + 1]
-    rows = (int(top == 0), bottom + 1 - min(bottom + 1, height))
-    band = nn.functional.pad(band, (0, 0, 1, -width % TILE + 1, *rows))
-    tiles = band.unfold(0, TILE + 2, TILE).unfold(1, TILE + 2, TILE).permute(3, 4, 0, 1, 2)
-    return (both_axes(INPUT_TRANSFORM, feature_map) @ tiles.reshape(36, -1)).view(36, -1, channels)
+def winograd_tiles(padded: torch.Tensor) -> torch.Tensor:
+    """(B, 4 * rows + 2, 4 * columns + 2, C) -> (36, B * rows * columns, C), transformed tiles of 6x6 that overlap by
+    2."""
+    height, width = padded.shape[1] - TILE - 1, padded.shape[2] - TILE - 1
+    positions = [(row, column) for row in range(TILE + 2) for column in range(TILE + 2)]
+    tiles = torch.stack(
+        [padded[:, row : row + height : TILE, column : column + width : TILE] for row, column in positions]
+    )
+    return (both_axes(INPUT_TRANSFORM, padded) @ tiles.flatten(1)).view(36, -1, padded.shape[-1])
+
+
+def winograd_products(tiles: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Tiles (36, tiles, in) and weights (36, in, out) -> (4, 4, tiles, out): each tile's output."""
+    products = torch.bmm(tiles, weights)
+    if bias is not None:
+        products[7] += bias  # the one of the 36 that is added to every position
+    return (both_axes(OUTPUT_TRANSFORM, tiles) @ products.flatten(1)).view(TILE, TILE, -1, weights.shape[-1])
 
 
 def bands(feature_map: torch.Tensor) -> list[tuple[int, int, int]]:
@@ -74,21 +92,42 @@ def bands(feature_map: torch.Tensor) -> list[tuple[int, int, int]]:
     return [(image, top, min(top + rows, height)) for image in range(batch_size) for top in range(0, height, rows)]
 
 
+def padded_band(feature_map: torch.Tensor, image: int, top: int, bottom: int) -> torch.Tensor:
+    """Rows `top` to `bottom` of an image of (B, H, W, C), with what tiles of 6x6 see around them (zeros off it)."""
+    _, height, width, _ = feature_map.shape
+    rows = (int(top == 0), bottom + 1 - min(bottom + 1, height))
+    band = feature_map[image, None, max(top - 1, 0) : bottom + 1]
+    return nn.functional.pad(band, (0, 0, 1, -width % TILE + 1, *rows))
+
+
+def tiled(band: torch.Tensor) -> torch.Tensor:
+    """(4 * rows, 4 * columns, C) as (4, 4, rows, columns, C)."""
+    return band.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).permute(1, 3, 0, 2, 4)
+
+
 def winograd(feature_map: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The 3x3 convolution of (B, H, W, in) with (out, in, 3, 3), padded by one: (B, H', W', out), where H' and W' are
     the next multiples of 4 and what lies beyond H and W has no meaning."""
     batch_size, height, width, _ = feature_map.shape
-    weights, output_transform = winograd_weights(weight), both_axes(OUTPUT_TRANSFORM, feature_map)
+    weights = winograd_weights(weight)
     output = feature_map.new_empty(batch_size, height + -height % TILE, width + -width % TILE, weight.shape[0])
     for image, top, bottom in bands(feature_map):
-        tiles = winograd_tiles(feature_map, image, top, bottom)
+        tiles = winograd_tiles(padded_band(feature_map, image, top, bottom))
         for group, columns in enumerate(output[image, top:bottom].split(256, dim=-1)):
-            products = torch.bmm(tiles, weights[group])
-            if bias is not None:
-                products[7] += bias.split(256)[group]  # the one of the 36 that is added to every position
-            columns = columns.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).permute(1, 3, 0, 2, 4)
-            columns.copy_((output_transform @ products.flatten(1)).view(columns.shape))
+            columns = tiled(columns)
+            products = winograd_products(tiles, weights[group], None if bias is None else bias.split(256)[group])
+            columns.copy_(products.view(columns.shape))
     return output
+
+
+def traced_winograd(feature_map: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`winograd` in one piece: the same few steps for every size, whatever the program runs on."""
+    batch_size, height, width, _ = feature_map.shape
+    padding = (0, 0, 1, -width % TILE + 1, 1, -height % TILE + 1)
+    tiles = winograd_tiles(nn.functional.pad(feature_map, padding))
+    products = winograd_products(tiles, torch.cat(winograd_weights(weight), dim=-1), bias)
+    products = products.unflatten(2, (batch_size, (height + TILE - 1) // TILE, -1))
+    return products.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
 
 
 def winograd_weight_gradient(feature_map: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -96,9 +135,9 @@ def winograd_weight_gradient(feature_map: torch.Tensor, gradient: torch.Tensor) 
     output_transform = both_axes(OUTPUT_TRANSFORM, feature_map)
     total = feature_map.new_zeros(36, gradient.shape[-1], feature_map.shape[-1])
     for image, top, bottom in bands(feature_map):
-        band = gradient[image, top:bottom].unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).permute(1, 3, 0, 2, 4)
-        products = (output_transform.T @ band.reshape(TILE * TILE, -1)).view(36, -1, gradient.shape[-1])
-        total.baddbmm_(products.transpose(1, 2), winograd_tiles(feature_map, image, top, bottom))
+        products = output_transform.T @ tiled(gradient[image, top:bottom]).reshape(TILE * TILE, -1)
+        products = products.view(36, -1, gradient.shape[-1])
+        total.baddbmm_(products.transpose(1, 2), winograd_tiles(padded_band(feature_map, image, top, bottom)))
     weight_gradient = both_axes(WEIGHT_TRANSFORM, feature_map).T @ total.flatten(1)
     return weight_gradient.T.reshape(*total.shape[1:], 3, 3)
 
@@ -127,15 +166,18 @@ class WinogradConvolution(torch.autograd.Function):
 
 
 def is_winograd_faster(feature_map: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Measured on CPUs: a quarter of the products pays for the transforms on wide maps that are not small. Compiled,
-    its bands would make another program of each size."""
+    """
+    Measured on CPUs: a quarter of the products pays for the transforms on wide maps that are not small. Traced, its
+    steps would keep all that lies between them for the way back.
+    """
+    is_traced = torch.compiler.is_compiling()
     return (
         min(weight.shape[:2]) >= 128
         and feature_map.device.type == "cpu"
         and feature_map.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and feature_map.shape[-2] * feature_map.shape[-1] >= 1024
+        and not (is_traced and torch.is_grad_enabled() and not torch.compiler.is_exporting())
+        and not statically_known_true(feature_map.shape[-2] * feature_map.shape[-1] < 1024)
     )
 
 
@@ -149,8 +191,9 @@ def convolve(
         positions = feature_map.permute(0, 2, 3, 1)
         return nn.functional.linear(positions, weight.flatten(1), bias).permute(0, 3, 1, 2)
     if is_winograd_faster(feature_map, weight):
-        output = WinogradConvolution.apply(feature_map.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-        return output[..., : feature_map.shape[2], : feature_map.shape[3]]
+        function = traced_winograd if torch.compiler.is_compiling() else WinogradConvolution.apply
+        output = function(feature_map.permute(0, 2, 3, 1), weight, bias)
+        return crop(output, *feature_map.shape[2:]).permute(0, 3, 1, 2)
     return nn.functional.conv2d(feature_map, weight, bias, padding=1)
 
 

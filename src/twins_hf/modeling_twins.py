@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_twins import TwinsConfig
-from .convolution_twins import convolve, convolve_pyramid, resize
+from .convolution_twins import convolve, convolve_pyramid, crop, resize
 from .loss_twins import resized_cross_entropy
 
 
@@ -61,10 +61,11 @@ class TwinsPatchConv(nn.Conv2d):
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C', H//patch, W//patch); in memory the channels are last in both."""
-        if torch.compiler.is_compiling():  # a program for any size must not depend on whether there is a remainder
-            return super().forward(feature_map)
         size = self.stride[0]
         batch_size, channels, height, width = feature_map.shape
+        if torch.compiler.is_compiling() and (is_needed(height % size) or is_needed(width % size)):
+            # A program for any size must not depend on whether there is a remainder.
+            return super().forward(feature_map)
         patches = feature_map.permute(0, 2, 3, 1)[:, : height // size * size, : width // size * size]
         patches = patches.reshape(batch_size, height // size, size, width // size, size * channels)
         patches = patches.transpose(2, 3).flatten(3)  # (B, H//patch, W//patch, patch * patch * C)
@@ -159,7 +160,8 @@ class TwinsAttention(nn.Module):
 
 
 class TwinsGlobalSubsampledAttention(TwinsAttention):
-    """GSA (section 3.2 of the paper): every position attends to a map whose sides are reduced `sr_ratio` times."""
+    """GSA (section 3.2 of the paper): every position attends to a map whose sides are reduced `sr_ratio` times. It has
+    no windows to mask."""
 
     def __init__(self, config: TwinsConfig, stage_idx: int):
         super().__init__(config, stage_idx)
@@ -184,7 +186,7 @@ class TwinsGlobalSubsampledAttention(TwinsAttention):
         return self.layernorm(reduced.flatten(1, 2))
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, window_mask: None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         (query,) = self.split_heads(self.q_proj(hidden_states.flatten(1, 2)), 1)
         key, value = self.split_heads(self.kv_proj(self.reduce(hidden_states)), 2)
@@ -235,27 +237,21 @@ class TwinsLocallyGroupedAttention(TwinsAttention):
         return mask.view(-1, 1, 1, self.window_size**2).repeat(batch_size, 1, 1, 1)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, window_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, height, width, channels = hidden_states.shape
         side = self.window_size
-        attention_mask = self.padding_mask(hidden_states)
         hidden_states = pad_map(hidden_states, side)
         padded_height, padded_width = hidden_states.shape[1:3]
 
         qkv = self.qkv_proj(self.partition(hidden_states))
         query, key, value = self.split_heads(qkv, 3)
-        context, probabilities = self.attend(query, key, value, attention_mask, **kwargs)
+        context, probabilities = self.attend(query, key, value, window_mask, **kwargs)
 
         # (B * windows, window * window, C) -> (B, H, W, C); the projection then sees no padding.
         context = context.view(batch_size, padded_height // side, padded_width // side, side, side, channels)
         context = context.transpose(2, 3).reshape(batch_size, padded_height, padded_width, channels)
-        if statically_known_true(padded_height - height >= 0) and statically_known_true(padded_width - width >= 0):
-            context = context[:, :height, :width]
-        else:
-            # A slice's strides tell whether there was padding; a program traced for any size must not depend on that.
-            rows, columns = (torch.arange(length, device=context.device) for length in (height, width))
-            context = context.index_select(1, rows).index_select(2, columns)
+        context = crop(context, height, width)
         return self.dropout(self.o_proj(context)), probabilities
 
 
@@ -277,7 +273,7 @@ class TwinsMLP(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
             return self.project(hidden_states)
         # Some positions at a time, so that what lies between the products stays in cache.
-        positions = hidden_states.flatten(0, -2).split(max(1, 2**21 // self.fc1.out_features))
+        positions = hidden_states.flatten(0, -2).split(max(1, 2**20 // self.fc1.out_features))
         return torch.cat([self.project(some) for some in positions]).view(hidden_states.shape)
 
 
@@ -341,6 +337,7 @@ class TwinsStage(nn.Module):
         self.layers = nn.ModuleList(
             TwinsLayer(config, stage_idx, layer_idx, drop_path) for layer_idx, drop_path in enumerate(drop_path_rates)
         )
+        self.has_windows = config.window_sizes is not None
         self.position_encoding = TwinsPositionEncoding(hidden_size)
         self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps) if config.norm_after_stage else None
 
@@ -349,8 +346,10 @@ class TwinsStage(nn.Module):
             hidden_states = self.patch_embeddings(feature_map)
         else:
             hidden_states = feature_map.permute(0, 2, 3, 1)
+        # One mask for all blocks that have windows; where a stage has any, the first block does.
+        window_mask = self.layers[0].attention.padding_mask(hidden_states) if self.has_windows else None
         for layer_idx, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, window_mask=window_mask, **kwargs)
             if layer_idx == 0:
                 hidden_states = self.position_encoding(hidden_states)
         if self.layernorm is not None:

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Time the stages of an evaluation and the training transform, ours and theirs in turn: images per second and ratios.
+"""Time and memory of Twins here and elsewhere, as ratios, on random weights: what docs/performance.md holds.
 
-python scripts/benchmark.py --variant pcpvt-s
-python scripts/benchmark.py --variant pcpvt-s --mmseg-python mmseg/bin/python --image photo.jpg
+python scripts/benchmark.py --mmseg-python mmseg/bin/python
 
-timm's encoder is timed where timm is installed; MMSegmentation's stages with the interpreter of an environment that
-has it (scripts/mmseg_reference.py says how to make one), on the same weights; the metric beside the Hub's algorithm.
-The training transform goes from the files of an image and its mask to a normalised crop of 512x512, on one thread;
-MMSegmentation normalises crops on the training device, so its pipeline is timed with that step and without.
+Ours and theirs take turns, so that both see the machine in the same state; a ratio is the median over the rounds, with
+its spread. What is measured for its memory runs in a process of its own, whose peak resident set is the answer.
+MMSegmentation runs in an environment of its own (scripts/mmseg_reference.py says how to make one).
 """
 
 import argparse
+import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -21,211 +21,248 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: waiting threads sleep
 
-import evaluate  # noqa: E402
 import numpy as np  # noqa: E402
 import PIL.Image  # noqa: E402
+import timm  # noqa: E402
 import torch  # noqa: E402
-from transformers.utils import is_timm_available  # noqa: E402
+import transformers  # noqa: E402
+from benchmark_stages import MMSegmentation, seconds  # noqa: E402
+from mmseg_reference import run_once  # noqa: E402
+from PIL import ImageDraw, ImageFont  # noqa: E402
 
-from twins_hf import TwinsConfig, TwinsForSemanticSegmentation, TwinsImageProcessor  # noqa: E402
-from twins_hf.configuration_twins import VARIANTS  # noqa: E402
-from twins_hf.conversion import load_model  # noqa: E402
-from twins_hf.data import SegmentationTrainTransform  # noqa: E402
-from twins_hf.data.loading import read_training_example  # noqa: E402
-from twins_hf.evaluation import MEAN_IOU  # noqa: E402
-from twins_hf.image_processing_pil_twins import largest_class, open_image  # noqa: E402
+from twins_hf import TwinsConfig, TwinsForSemanticSegmentation  # noqa: E402
 
-STAGES = ("preprocessing", "forward", "post-processing", "metric")
-TRAINING_STAGES = ("training transform", "training transform, without normalisation")  # ours always normalises
-CROPS = 32  # that a round of the training transform cuts: each draws another scale
-TIMM_NAMES = {"s": "small", "b": "base", "l": "large"}
-HEADS = {"upernet": "uperhead", "fpn": "fpn"}
+SCRIPTS = Path(__file__).parent
+VARIANTS = {"pcpvt-s": "twins_pcpvt_small", "svt-s": "twins_svt_small"}
+SIZES = (256, 512, 1024, 2048)
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    started = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - started) / repeats
-
-
-def hub_counts(prediction: np.ndarray, labels: np.ndarray, num_labels: int) -> list[np.ndarray]:
-    """What the Hub's mean_iou counts of an image: histograms over the classes of hits, predictions and labels."""
-    counted = labels != 255
-    prediction, labels = prediction[counted], labels[counted]
-    maps = (prediction[prediction == labels], prediction, labels)
-    return [np.histogram(values, bins=num_labels, range=(0, num_labels - 1))[0] for values in maps]
-
-
-class MMSegmentation:
-    """MMSegmentation's stages in an interpreter of its own, which waits while ours run."""
-
-    def __init__(self, python: str, config: str, checkpoint: Path, image: str, mask: str):
-        script = str(Path(__file__).with_name("mmseg_reference.py"))
-        command = [python, script, config, str(checkpoint), "--serve", image, mask]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+def build(name: str) -> torch.nn.Module:
+    """A segmentation model of 150 classes, ours or of transformers, with random weights."""
+    torch.manual_seed(0)
+    if name == "SegFormer":  # B2's sizes, the encoder that is nearest in parameters
+        config = transformers.SegformerConfig(
+            depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 320, 512], decoder_hidden_size=768, num_labels=150
         )
-        for line in self.process.stdout:  # what mmengine prints, then the line that says it waits
-            if line == "ready\n":
-                return
-        sys.exit(f"error: {' '.join(command)} ended with {self.process.wait()}")
-
-    def seconds(self, stage: str, repeats: int) -> float:
-        print(repeats, stage, file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline())
+        return transformers.SegformerForSemanticSegmentation(config).eval()
+    if name == "transformers' UPerNet":
+        backbone = TwinsConfig.from_variant("pcpvt-s", out_features=STAGES)
+        config = transformers.UperNetConfig(backbone_config=backbone, num_labels=150, auxiliary_in_channels=320)
+        return transformers.UperNetForSemanticSegmentation(config).eval()
+    return TwinsForSemanticSegmentation(TwinsConfig.from_variant(name, num_labels=150)).eval()
 
 
-def segments(size: tuple[int, int], num_labels: int) -> np.ndarray:
-    """A label map (height, width) of patches, with boundaries on two of a hundred pixels, as ADE20K's masks have."""
-    patches = np.random.default_rng(0).integers(0, num_labels, [side // 96 + 1 for side in size], dtype=np.int32)
-    return np.ascontiguousarray(patches.repeat(96, axis=0).repeat(96, axis=1)[: size[0], : size[1]])
+def measure(model: str, task: str, size: int, batch_size: int) -> dict:
+    """Seconds and peak bytes of one `task` of ours, in this process."""
+    network = build(model)
+    if task == "checkpointed training":
+        network.activation_checkpointing_enable()
+
+    def loss(pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return network(pixel_values, labels=labels).loss
+
+    return run_once(network, network, loss, task.split()[-1], size, batch_size)
 
 
-def our_stages(model: TwinsForSemanticSegmentation, image: str, mask: str) -> dict[str, Callable[[], object]]:
-    image_processor, metric, transform = TwinsImageProcessor(), evaluate.load(MEAN_IOU), SegmentationTrainTransform()
-    row = {"image": {"path": image, "bytes": None}, "label": {"path": mask, "bytes": None}}
-
-    def preprocess():
-        return image_processor(open_image(image), return_tensors="pt")["pixel_values"]
-
-    def forward():
-        return model(pixel_values).logits[0]
-
-    def postprocess():
-        return largest_class(logits, original_size, input_size, input_size)
-
-    def score():
-        metric.add(prediction=label_map, reference=labels)
-
-    def cut_crop():
-        example = read_training_example(row, 0, do_reduce_labels=True)
-        return transform(example.pixels, example.labels)
-
-    pixel_values, original_size = preprocess(), open_image(image).size[::-1]
-    logits, input_size = forward(), tuple(pixel_values.shape[-2:])
-    labels = segments(original_size, model.config.num_labels)
-    label_map = np.roll(labels, 5, axis=1)
-    return {
-        "preprocessing": preprocess,
-        "forward": forward,
-        "post-processing": postprocess,
-        "metric": score,
-        "training transform": on_one_thread(cut_crop),
-        "metric, as the Hub counts": lambda: hub_counts(label_map, labels, model.config.num_labels),
-        "encoder": lambda: model.twins(pixel_values),
-        **timm_encoder(model, pixel_values),
-    }
+def in_process(python: str, *arguments: object) -> dict:
+    """What the last line says that a script prints."""
+    command = [python, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(f"error: {' '.join(command)} failed:\n{finished.stderr[-3000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
-def on_one_thread(function: Callable[[], object]) -> Callable[[], None]:
-    def repeat():
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        for _ in range(CROPS):
-            function()
-        torch.set_num_threads(num_threads)
-
-    return repeat
+def ours(model: str, task: str, size: int, batch_size: int) -> dict:
+    return in_process(sys.executable, __file__, "--measure", model, task, size, batch_size)
 
 
-def timm_encoder(model: TwinsForSemanticSegmentation, pixel_values: torch.Tensor) -> dict[str, Callable[[], object]]:
-    if not is_timm_available():
-        return {}
-    import timm
-
-    widths = (list(model.config.hidden_sizes), list(model.config.depths))
-    variant = next(v for v, f in VARIANTS.items() if (list(f["hidden_sizes"]), list(f["depths"])) == widths)
-    family, size = variant.split("-")
-    encoder = timm.create_model(f"twins_{family}_{TIMM_NAMES[size]}", num_classes=0).eval()
-    return {"encoder, timm": lambda: encoder.forward_features(pixel_values)}
+def theirs(python: str, task: str, size: int, batch_size: int) -> dict:
+    script = SCRIPTS / "mmseg_reference.py"
+    return in_process(python, script, "twins_pcpvt-s_uperhead", os.devnull, "--measure", task, size, batch_size)
 
 
-@torch.inference_mode()
-def measure(
-    model: TwinsForSemanticSegmentation, image: str, mask: str, theirs: MMSegmentation | None, rounds: int
-) -> dict:
-    """Seconds of each stage in each round; ours and theirs take turns within a round."""
-    ours = our_stages(model, image, mask)
-    times = {(stage, "ours"): [] for stage in ours}
-    if theirs is not None:
-        times |= {(stage, "MMSegmentation"): [] for stage in (*STAGES, *TRAINING_STAGES)}
+def ratio(slow: list[float], fast: list[float]) -> str:
+    ratios = np.array(slow) / np.array(fast)
+    return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+
+
+def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    times = {name: [] for name in functions}
     for _ in range(rounds):
-        for stage, function in ours.items():
-            if stage == "training transform":
-                times[stage, "ours"].append(seconds(function, 1) / CROPS)
-                for their_stage in TRAINING_STAGES if theirs is not None else ():
-                    times[their_stage, "MMSegmentation"].append(theirs.seconds(their_stage, CROPS))
-                continue
-            repeats = 20 if "metric" in stage else 5 if stage == "preprocessing" else 1  # what is brief, more often
-            times[stage, "ours"].append(seconds(function, repeats))
-            if theirs is not None and stage in STAGES:
-                times[stage, "MMSegmentation"].append(theirs.seconds(stage, repeats))
+        for name, function in functions.items():
+            times[name].append(function())
     return times
 
 
-def report(times: dict) -> str:
-    def rate(name: str, whose: str = "ours") -> str:
-        return f"{1 / np.median(times[name, whose]):.3g}"
+@torch.inference_mode()
+def inference_rows(variant: str, python: str | None, rounds: int, folder: Path) -> list[str]:
+    """Whole model and encoder at 512x512, eager and compiled."""
+    model, timm_encoder = build(variant), timm.create_model(VARIANTS[variant], num_classes=0).eval()
+    pixel_values = torch.randn(1, 3, 512, 512)
+    runs = {
+        "whole": model,
+        "whole, compiled": torch.compile(model),
+        "encoder": model.twins,
+        "encoder, compiled": torch.compile(model.twins),
+        "timm": timm_encoder.forward_features,
+        "timm, compiled": torch.compile(timm_encoder.forward_features),
+    }
+    if variant == "pcpvt-s":
+        runs |= {name: build(name) for name in ("transformers' UPerNet", "SegFormer")}
+    for run in runs.values():
+        run(pixel_values)
+    functions = {name: lambda run=run: seconds(lambda: run(pixel_values), 1) for name, run in runs.items()}
+    if python is not None:
+        image, mask = folder / "photo.png", folder / "mask.png"
+        PIL.Image.new("RGB", (512, 512)).save(image)
+        PIL.Image.new("L", (512, 512)).save(mask)
+        config, checkpoint = f"twins_{variant}_uperhead", folder / "mmseg.pth"
+        reference = MMSegmentation(python, config, checkpoint, str(image), str(mask))
+        functions["MMSegmentation"] = lambda: reference.seconds("forward", 1)
+    times = in_turns(functions, rounds)
 
-    def ratio(slow: tuple[str, str], fast: tuple[str, str]) -> str:
-        if slow not in times or fast not in times:
-            return "-"
-        ratios = np.array(times[slow]) / np.array(times[fast])
-        return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+    def best(name: str) -> list[float]:
+        return min(times[name], times[f"{name}, compiled"], key=np.median)
 
-    lines = ["| stage | ours, images/s | MMSegmentation, images/s | ratio (spread) |", "| --- | ---: | ---: | ---: |"]
-    for stage in (*STAGES, *TRAINING_STAGES):
-        our_stage = stage.split(",")[0]
-        theirs = rate(stage, "MMSegmentation") if (stage, "MMSegmentation") in times else "-"
-        both = ratio((stage, "MMSegmentation"), (our_stage, "ours"))
-        if stage == our_stage or theirs != "-":
-            lines.append(f"| {stage} | {rate(our_stage)} | {theirs} | {both} |")
-    lines += ["", "| ours | images/s | theirs | images/s | ratio (spread) |", "| --- | ---: | --- | ---: | ---: |"]
-    for stage, other in (("metric", "metric, as the Hub counts"), ("encoder", "encoder, timm")):
-        if (other, "ours") in times:
-            compared = ratio((other, "ours"), (stage, "ours"))
-            lines.append(f"| {stage} | {rate(stage)} | {other} | {rate(other)} | {compared} |")
-    evaluated = "In evaluation, all but the forward pass takes"
-    rest = sum(np.array(times[stage, "ours"]) for stage in STAGES if stage != "forward")
-    share = rest / np.array(times["forward", "ours"])
-    lines += [
-        "",
-        f"{evaluated} {100 * np.median(share):.1f} % of it (to {100 * share.max():.1f} %).",
+    comparisons = [
+        ("whole model, eager", "MMSegmentation, eager", "MMSegmentation", times["whole"]),
+        ("whole model, better of eager and compiled", "MMSegmentation, eager", "MMSegmentation", best("whole")),
+        ("encoder, eager", "timm, eager", "timm", times["encoder"]),
+        ("encoder, better of eager and compiled", "timm, compiled", "timm, compiled", best("encoder")),
+        ("whole model, eager", "transformers' UPerNet over our backbone", "transformers' UPerNet", times["whole"]),
+        ("whole model, eager", "SegFormer of the same widths and depths", "SegFormer", times["whole"]),
     ]
-    return "\n".join(lines)
+    return [
+        f"| {variant}, {what} | {other} | {np.median(times[name]):.3g} s | {np.median(found):.3g} s "
+        f"| {ratio(times[name], found)} |"
+        for what, other, name, found in comparisons
+        if name in times
+    ]
+
+
+def training_rows(python: str, rounds: int) -> list[str]:
+    """A training step of PCPVT-S and UPerNet, and what it takes at most of memory."""
+    found = {
+        "MMSegmentation": lambda: theirs(python, "training", 512, 2),
+        "plain": lambda: ours("pcpvt-s", "training", 512, 2),
+        "checkpointed": lambda: ours("pcpvt-s", "checkpointed training", 512, 2),
+    }
+    found = in_turns(found, rounds)
+
+    def column(name: str, key: str) -> list[float]:
+        return [each[key] for each in found[name]]
+
+    rows = []
+    for name, title in (("plain", "training step"), ("checkpointed", "training step, gradient checkpointing")):
+        slow, fast = column("MMSegmentation", "seconds"), column(name, "seconds")
+        rows.append(
+            f"| pcpvt-s, {title}, batch 2 | MMSegmentation | {np.median(slow):.3g} s | {np.median(fast):.3g} s "
+            f"| {ratio(slow, fast)} |"
+        )
+        rows.append(memory_row(f"{title}, batch 2", column("MMSegmentation", "bytes"), column(name, "bytes")))
+    return rows
+
+
+def memory_row(title: str, reference: list[float], found: list[float]) -> str:
+    return (
+        f"| pcpvt-s, {title}: peak memory | MMSegmentation | {np.median(reference) / 2**30:.2f} GiB "
+        f"| {np.median(found) / 2**30:.2f} GiB | ours / theirs {np.median(found) / np.median(reference):.2f} |"
+    )
+
+
+def inference_memory_row(python: str) -> str:
+    found = ours("pcpvt-s", "inference", 2048, 1)["bytes"]
+    return memory_row("inference at 2048x2048", [theirs(python, "inference", 2048, 1)["bytes"]], [found])
+
+
+def growth() -> list[tuple[int, int, float, float]]:
+    """(size, batch size, seconds, bytes) of inference with PCPVT-S and UPerNet."""
+    pairs = [(size, 1) for size in SIZES] + [(512, 2), (512, 4)]
+    found = ((size, batch_size, ours("pcpvt-s", "inference", size, batch_size)) for size, batch_size in pairs)
+    return [(size, batch_size, each["seconds"], each["bytes"]) for size, batch_size, each in found]
+
+
+def plot(points: list[tuple[int, int, float, float]]) -> PIL.Image.Image:
+    """Seconds and GiB of one image over megapixels, both axes logarithmic."""
+    points = [point for point in points if point[1] == 1]
+    picture = PIL.Image.new("RGB", (800, 310), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    for left, title, column, scale in ((140, "seconds", 2, 1), (530, "peak memory, GiB", 3, 2**30)):
+        area = np.log([size * size for size, *_ in points])
+        values = np.array([point[column] for point in points]) / scale
+        across = left + 250 * (area - area[0]) / (area[-1] - area[0])
+        down = 270 - 200 * np.log(values / values.min()) / np.log(values.max() / values.min())
+        draw.text((left, 15), title, fill="black", font=font)
+        draw.line([*zip(across, down, strict=True)], fill=(180, 180, 180))
+        for (size, *_), x, y, value in zip(points, across, down, values, strict=True):
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(70, 110, 180))
+            draw.text((x - 6, y - 6), f"{size}x{size}: {value:.3g}", fill="black", font=font, anchor="rb")
+    return picture
+
+
+def product_rate() -> float:
+    """Billions of floating-point operations a second of a matrix product: no convolution does better without fewer."""
+    matrix = torch.randn(2048, 2048)
+    return 2 * 2048**3 / min(seconds(lambda: matrix @ matrix, 1) for _ in range(10)) / 1e9
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def report(rows: list[str], points: list, rate: float) -> str:
+    table = "\n".join(
+        f"| {size}x{size} | {batch_size} | {spent:.3g} | {peak / 2**30:.2f} |"
+        for size, batch_size, spent, peak in points
+    )
+    joined = "\n".join(rows)
+    return f"""| ours | against | theirs | ours | theirs / ours (spread) |
+| --- | --- | ---: | ---: | ---: |
+{joined}
+
+{processor()}, {torch.get_num_threads()} threads, {platform.system()}; float32; torch {torch.__version__}, transformers
+{transformers.__version__}, timm {timm.__version__}. A product of two 2048x2048 matrices runs at {rate:.0f} GFLOP/s.
+
+How inference with PCPVT-S and UPerNet grows:
+
+| size | batch | seconds | peak memory, GiB |
+| --- | ---: | ---: | ---: |
+{table}
+
+![seconds and memory over megapixels](performance.png)
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=list(VARIANTS), default="pcpvt-s")
-    parser.add_argument("--decoder-type", choices=list(HEADS), default="upernet")
-    parser.add_argument("--image", help="photograph; one of 683x512 is made where none is given")
-    parser.add_argument("--mask", help="the photograph's mask, 0 unlabelled and classes from 1; made where not given")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each stage is timed, defaults to %(default)s")
     parser.add_argument("--mmseg-python", help="interpreter of an environment with MMSegmentation")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=7, help="of inference, defaults to %(default)s")
+    parser.add_argument("--training-rounds", type=int, default=3, help="defaults to %(default)s")
+    parser.add_argument("--out", default="docs", help="folder that the plot is written into")
+    parser.add_argument("--measure", nargs=4, metavar=("MODEL", "TASK", "SIZE", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.measure is not None:
+        model, task, size, batch_size = args.measure
+        print(json.dumps(measure(model, task, int(size), int(batch_size))))
+        return
+
+    started, rows = time.time(), []
     with tempfile.TemporaryDirectory() as folder:
-        image, mask, checkpoint, theirs = args.image, args.mask, Path(folder) / "mmseg.pth", None
-        if image is None:
-            image = str(Path(folder) / "photo.jpg")
-            pixels = np.random.default_rng(0).integers(0, 256, (512, 683, 3), dtype=np.uint8)
-            PIL.Image.fromarray(pixels).save(image)
-        size = PIL.Image.open(image).size
-        if mask is None:
-            mask = str(Path(folder) / "mask.png")
-            PIL.Image.fromarray((segments(size[::-1], 150) + 1).astype(np.uint8)).save(mask)
-        if args.mmseg_python is not None:
-            config = f"twins_{args.variant}_{HEADS[args.decoder_type]}"
-            theirs = MMSegmentation(args.mmseg_python, config, checkpoint, image, mask)
-            model, _ = load_model(checkpoint)
-        else:
-            config = TwinsConfig.from_variant(args.variant, decoder_type=args.decoder_type, num_labels=150)
-            model = TwinsForSemanticSegmentation(config).eval()
-        print(
-            f"{args.variant}, {args.decoder_type}, {size[0]}x{size[1]}, {torch.get_num_threads()} threads, float32\n"
-        )
-        print(report(measure(model, image, mask, theirs, args.rounds)))
+        for variant in args.variants:
+            rows += inference_rows(variant, args.mmseg_python, args.rounds, Path(folder))
+            print("\n".join(rows), file=sys.stderr)
+    if args.mmseg_python is not None:
+        rows += [*training_rows(args.mmseg_python, args.training_rounds), inference_memory_row(args.mmseg_python)]
+        print("\n".join(rows), file=sys.stderr)
+    points = growth()
+    plot(points).save(Path(args.out) / "performance.png")
+    print(report(rows, points, product_rate()))
+    print(f"measured in {time.time() - started:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-MMSegmentation's Twins with seeded random weights, what they compute, and how long it takes: for `fidelity.py` and
-`benchmark.py` to hold ours against. It runs in an environment of its own, since MMSegmentation needs older packages:
+MMSegmentation's Twins with seeded random weights, what they compute, and how long it takes: for `fidelity.py` and the
+benchmarks to hold ours against. It runs in an environment of its own, since MMSegmentation needs older packages:
 
     python -m venv mmseg
     mmseg/bin/pip install torch mmcv-lite==2.1.0 mmengine==0.10.7 mmsegmentation==1.2.2 "numpy<2.3" "setuptools<81" \
@@ -12,6 +12,7 @@ that one of its stages took.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -95,6 +96,18 @@ def build(name: str, seed: int = 0, small_activations: bool = False) -> nn.Modul
     return model.eval()
 
 
+class Segmenter(nn.Module):
+    """From pixel values to logits, without data preprocessing."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.model.backbone(pixel_values)
+        return self.model.decode_head(self.model.neck(features) if self.model.with_neck else features)
+
+
 @torch.inference_mode()
 def outputs_of(model: nn.Module, pixel_values: torch.Tensor) -> dict:
     """The four feature maps of the encoder, and the logits of the decode head and of the auxiliary head if any."""
@@ -135,8 +148,14 @@ def serve(model: nn.Module, config: str, image: str, mask: str) -> None:
         return ((pixels - mean[:, None, None]) / std[:, None, None])[None], packed["data_samples"].ori_shape[:2]
 
     def forward():
-        features = model.backbone(pixel_values)
-        return model.decode_head(model.neck(features) if model.with_neck else features)
+        return network(pixel_values)
+
+    @functools.cache
+    def compiled():
+        import openvino
+
+        program = openvino.convert_model(network, example_input=pixel_values, input=list(pixel_values.shape))
+        return openvino.compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def postprocess():
         scores = logits
@@ -155,6 +174,7 @@ def serve(model: nn.Module, config: str, image: str, mask: str) -> None:
         crop = cut_crop()
         return preprocessor({"inputs": [crop["inputs"]], "data_samples": [crop["data_samples"]]}, training=True)
 
+    network = Segmenter(model).eval()
     pixel_values, original_size = preprocess()
     logits = forward()
     height, width = original_size
@@ -164,6 +184,7 @@ def serve(model: nn.Module, config: str, image: str, mask: str) -> None:
     stages = {
         "preprocessing": preprocess,
         "forward": forward,
+        "forward in OpenVINO": lambda: compiled()(pixel_values.numpy()),
         "post-processing": postprocess,
         "metric": metric,
         "training transform": cut_normalised_crop,
@@ -229,7 +250,7 @@ def measure(model: nn.Module, task: str, size: int, batch_size: int) -> dict:
         samples = [SegDataSample(gt_sem_seg=PixelData(data=label_map[None])) for label_map in labels]
         return sum(value for name, value in model.loss(pixel_values, samples).items() if "loss" in name)
 
-    return run_once(model, lambda pixels: model.decode_head(model.backbone(pixels)), loss, task, size, batch_size)
+    return run_once(model, Segmenter(model), loss, task, size, batch_size)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export import Dim
 
 from twins_hf import convolution_twins
 from twins_hf.convolution_twins import WinogradConvolution, convolve, convolve_pyramid, resize
@@ -113,6 +114,14 @@ def test_winograd_gives_the_values_and_gradients_of_the_direct_convolution(size,
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (13, 18), (1, 1), (3, 70), (70, 3), (4, 1030)])
+def test_winograd_in_one_piece_gives_the_same(size):
+    (feature_map,) = maps(size)
+    inputs = feature_map.permute(0, 2, 3, 1), weights(5, 4, 3, 3), weights(1, 5)[0]
+    found, expected = convolution_twins.traced_winograd(*inputs), convolution_twins.winograd(*inputs)
+    torch.testing.assert_close(found[:, : size[0], : size[1]], expected[:, : size[0], : size[1]])
+
+
 def test_winograd_passes_the_gradient_check():
     (feature_map,) = maps((5, 6))
     inputs = [tensor.requires_grad_() for tensor in (feature_map, weights(3, 4, 3, 3), weights(1, 3)[0])]
@@ -154,6 +163,25 @@ def test_a_wide_module_compiled_for_any_size_is_not_compiled_again():
         for sizes in [((45, 37), (23, 19)), ((64, 33), (32, 17))]:
             levels = maps(*sizes, channels=(128, 128), dtype=torch.float32)
             torch.testing.assert_close(compiled(*levels), module(*levels), rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_wide_module_has_no_direct_convolution_and_takes_any_size():
+    module = TwinsConvModule(256, 128, 3).eval()
+    levels = tuple(maps((40, 44), (20, 22), channels=(128, 128), dtype=torch.float32))
+    any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(module, levels, dynamic_shapes=((any_size, any_size),))
+        assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+        for batch_size, *sizes in [(1, (45, 37), (23, 19)), (3, (64, 33), (32, 17)), (1, (3, 2), (2, 2))]:
+            levels = maps(*sizes, channels=(128, 128), batch_size=batch_size, dtype=torch.float32)
+            torch.testing.assert_close(program.module()(*levels), module(*levels), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_training_keeps_the_direct_convolution():
+    torch.compiler.reset()
+    feature_map, weight = torch.randn(1, 128, 32, 33, requires_grad=True), weights(128, 128, 3, 3, dtype=torch.float32)
+    compiled = torch.compile(convolve, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(feature_map, weight), F.conv2d(feature_map, weight, padding=1))
 
 
 @pytest.fixture(params=[1, 3])

@@ -6,6 +6,7 @@ Maps have shape (batch, channels, height, width) outside; inside, and in memory,
 channels): every step is then a matrix product along the channels, or along a spatial axis, all others in one piece.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,10 +46,11 @@ def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def crop(feature_map: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The first rows and columns of (B, H, W, C)."""
-    if statically_known_true(feature_map.shape[1] >= height) and statically_known_true(feature_map.shape[2] >= width):
+    rows, columns = feature_map.shape[1:3]
+    if statically_known_true(rows >= height) and statically_known_true(columns >= width):
         return feature_map[:, :height, :width]
     # A slice's strides tell whether it left something out; a program traced for any size must not depend on that.
-    rows, columns = (torch.arange(length, device=feature_map.device) for length in (height, width))
+    rows, columns = (torch.arange(side, device=feature_map.device) for side in (height, width))
     return feature_map.index_select(1, rows).index_select(2, columns)
 
 
@@ -66,23 +68,32 @@ def winograd_weights(weight: torch.Tensor) -> list[torch.Tensor]:
     return [(transform @ group).view(36, -1, weight.shape[1]).transpose(1, 2) for group in groups]
 
 
+def indices(shape: tuple[int, ...], like: torch.Tensor) -> list[torch.Tensor]:
+    """The index along each axis of every element of a `shape`, in order."""
+    position, along = torch.arange(math.prod(shape), device=like.device), []
+    for length in reversed(shape):
+        along.append(position % length)
+        position = position // length
+    return along[::-1]
+
+
 def winograd_tiles(padded: torch.Tensor) -> torch.Tensor:
     """(B, 4 * rows + 2, 4 * columns + 2, C) -> (36, B * rows * columns, C), transformed tiles of 6x6 that overlap by
     2."""
-    height, width = padded.shape[1] - TILE - 1, padded.shape[2] - TILE - 1
-    positions = [(row, column) for row in range(TILE + 2) for column in range(TILE + 2)]
-    tiles = torch.stack(
-        [padded[:, row : row + height : TILE, column : column + width : TILE] for row, column in positions]
-    )
-    return (both_axes(INPUT_TRANSFORM, padded) @ tiles.flatten(1)).view(36, -1, padded.shape[-1])
+    batch_size, height, width, channels = padded.shape
+    shape = (TILE + 2, TILE + 2, batch_size, (height - 2) // TILE, (width - 2) // TILE)
+    row, column, image, tile_row, tile_column = indices(shape, padded)
+    source = (image * height + tile_row * TILE + row) * width + tile_column * TILE + column
+    tiles = padded.flatten(0, 2).index_select(0, source)  # (36 * B * rows * columns, C)
+    return (both_axes(INPUT_TRANSFORM, padded) @ tiles.view(36, -1)).view(36, -1, channels)
 
 
 def winograd_products(tiles: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Tiles (36, tiles, in) and weights (36, in, out) -> (4, 4, tiles, out): each tile's output."""
+    """Tiles (36, tiles, in) and weights (36, in, out) -> (16, tiles * out): each tile's output."""
     products = torch.bmm(tiles, weights)
     if bias is not None:
         products[7] += bias  # the one of the 36 that is added to every position
-    return (both_axes(OUTPUT_TRANSFORM, tiles) @ products.flatten(1)).view(TILE, TILE, -1, weights.shape[-1])
+    return both_axes(OUTPUT_TRANSFORM, tiles) @ products.flatten(1)
 
 
 def bands(feature_map: torch.Tensor) -> list[tuple[int, int, int]]:
@@ -123,11 +134,15 @@ def winograd(feature_map: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 def traced_winograd(feature_map: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`winograd` in one piece: the same few steps for every size, whatever the program runs on."""
     batch_size, height, width, _ = feature_map.shape
-    padding = (0, 0, 1, -width % TILE + 1, 1, -height % TILE + 1)
+    rows, columns = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
+    padding = (0, 0, 1, columns * TILE - width + 1, 1, rows * TILE - height + 1)
     tiles = winograd_tiles(nn.functional.pad(feature_map, padding))
-    products = winograd_products(tiles, torch.cat(winograd_weights(weight), dim=-1), bias)
-    products = products.unflatten(2, (batch_size, (height + TILE - 1) // TILE, -1))
-    return products.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
+    products = winograd_products(tiles, torch.cat(winograd_weights(weight), dim=-1), None)
+    image, row, column = indices((batch_size, height, width), tiles)
+    tile = (image * rows + row // TILE) * columns + column // TILE
+    output = products.view(TILE * TILE, -1, weight.shape[0])[row % TILE * TILE + column % TILE, tile]
+    output = output.view(batch_size, height, width, weight.shape[0])
+    return output if bias is None else output + bias
 
 
 def winograd_weight_gradient(feature_map: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -193,7 +208,7 @@ def convolve(
     if is_winograd_faster(feature_map, weight):
         function = traced_winograd if torch.compiler.is_compiling() else WinogradConvolution.apply
         output = function(feature_map.permute(0, 2, 3, 1), weight, bias)
-        return crop(output, *feature_map.shape[2:]).permute(0, 3, 1, 2)
+        return output.permute(0, 3, 1, 2)[..., : feature_map.shape[2], : feature_map.shape[3]]
     return nn.functional.conv2d(feature_map, weight, bias, padding=1)
 
 
@@ -283,9 +298,8 @@ def add_coarser_levels(
     batch_size, height, width, group = partial.shape
     total = partial.flatten(0, 1)
     for level, tap, row, column in zip(levels, taps, rows, columns, strict=True):
-        positions = level.flatten(0, 2).expand(3, -1, -1)
-        tapped = torch.bmm(positions, tap.flatten(1, 2).transpose(1, 2))  # (3, B * h * w, 3 * group)
-        tapped = tapped.view(3, *level.shape[:2], -1).transpose(0, 1).flatten(1, 2)  # (B, 3 * h, w * 3 * group)
+        tapped = [nn.functional.linear(level, side.flatten(0, 1)).flatten(2) for side in tap]  # (B, h, w * 3 * group)
+        tapped = torch.stack(tapped, dim=1).flatten(1, 2)  # (B, 3 * h, w * 3 * group)
         resized = torch.bmm(row.expand(batch_size, -1, -1), tapped)  # (B, H, w * 3 * group)
         resized = resized.view(batch_size * height, -1, group)
         total = torch.baddbmm(total, column.expand(batch_size * height, -1, -1), resized)

@@ -556,7 +556,9 @@ class TwinsConvModule(nn.Module):
             return self.activation(self.batch_norm(self.conv(levels)))
         if self.batch_norm.training or self.batch_norm.running_mean is None:
             return self.activation(self.batch_norm(convolve_pyramid(levels, self.conv.weight)))
-        return self.activation(convolve_pyramid(levels, self.conv.weight, *self.folded_norm()))
+        output = convolve_pyramid(levels, self.conv.weight, *self.folded_norm()).permute(0, 2, 3, 1)
+        # An exported program drops one permutation that undoes another, where nothing lies between them.
+        return self.activation(output).permute(0, 3, 1, 2)
 
     def folded_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What batch norm multiplies each channel by and then adds to it, by its running statistics."""

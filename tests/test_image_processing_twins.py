@@ -12,7 +12,8 @@ from transformers.image_utils import SizeDict
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from twins_hf import TwinsConfig, TwinsImageProcessor, TwinsImageProcessorPil
-from twins_hf.image_processing_pil_twins import fitted_size, open_image, resize_bilinear, resize_labels
+from twins_hf.image_processing_pil_twins import fitted_size, open_image, resize_labels
+from twins_hf.resizing_twins import resize_bilinear_whole
 
 BACKENDS = [TwinsImageProcessor, TwinsImageProcessorPil]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -69,14 +70,43 @@ def test_resizing_is_bilinear_without_antialiasing_in_whole_grey_levels(processo
     assert np.abs(levels - expected).max() < 1  # OpenCV rounds weights to 2048ths, and cuts off twice
 
 
-@pytest.mark.parametrize("size", [(16, 22), (5, 7), (55, 71), (37, 50)])
-def test_resizing_is_opencvs(size):
-    cv2 = pytest.importorskip("cv2", reason="OpenCV is what this test compares with, and in the test extra")
+@pytest.mark.parametrize("options", [{}, {"do_rescale": False}, {"do_normalize": False}, {"do_center_crop": True}])
+def test_a_photograph_and_its_array_of_bytes_integers_or_floats_give_the_same_bits(processor_class, options):
     image = photo(37, 50)
-    expected = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.int32)
-    for found in (resize_bilinear(planes, size), resize_bilinear(torch.from_numpy(planes), size).numpy()):
-        np.testing.assert_array_equal(found.transpose(1, 2, 0), expected)
+    processor = processor_class(size={"shortest_edge": 24, "longest_edge": 96}, crop_size=20, **options)
+    given = [PIL.Image.fromarray(image), image, image.astype(np.int32), image.astype(np.float32)]
+    given += [torch.from_numpy(image).permute(2, 0, 1)]
+    expected, *others = [processor(each, return_tensors="pt")["pixel_values"] for each in given]
+    assert expected.dtype == torch.float32 and expected.is_contiguous()
+    assert all(torch.equal(found, expected) for found in others)
+
+
+def test_without_rescaling_and_normalisation_grey_levels_come_out(processor_class):
+    image = photo(37, 50)
+    processor = processor_class(size={"shortest_edge": 24, "longest_edge": 96}, do_rescale=False, do_normalize=False)
+    (found,) = processor(PIL.Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    levels = resize_bilinear_whole(image.transpose(2, 0, 1).astype(np.int32), (24, 32))
+    assert found.dtype == torch.float32 and np.array_equal(found.numpy(), levels)
+
+
+@pytest.mark.parametrize("num_channels", [1, 4, 5])
+def test_images_of_other_channels_are_resized_too(processor_class, num_channels):
+    levels = np.random.default_rng(0).integers(0, 256, (num_channels, 37, 50), dtype=np.uint8)
+    settings = {
+        "size": {"height": 24, "width": 32},
+        "image_mean": [0.5] * num_channels,
+        "image_std": [0.2] * num_channels,
+    }
+    processor = processor_class(do_convert_rgb=False, **settings)
+    found = processor(levels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
+    expected = resize_bilinear_whole(levels.astype(np.int32), (24, 32))
+    np.testing.assert_allclose((found * 0.2 + 0.5) * 255, expected, atol=1e-3)
+
+
+def test_a_grey_image_that_stays_so_is_normalised_with_every_mean():
+    grey = PIL.Image.fromarray(photo(37, 50)).convert("L")
+    processor = TwinsImageProcessor(size={"shortest_edge": 24, "longest_edge": 96})
+    assert torch.equal(*(processor(grey, do_convert_rgb=convert)["pixel_values"][0] for convert in (False, True)))
 
 
 def test_the_two_backends_agree():

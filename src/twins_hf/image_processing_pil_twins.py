@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -22,6 +23,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
+
+from .resizing_twins import resize_bilinear, resize_bilinear_whole
 
 IGNORE_INDEX = 255
 CHUNK_ELEMENTS = 2**20  # scores at full size that are held at a time in post-processing: 4 MB, which a cache holds
@@ -83,6 +86,13 @@ def open_image(path: str | os.PathLike) -> PIL.Image.Image:
         raise ValueError(f"{path}: cannot be read as an image ({error}).") from error
 
 
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turns an image as its EXIF says; one that says nothing is not copied, as `exif_transpose` would."""
+    image.load()
+    is_upright = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
+    return image if is_upright else PIL.ImageOps.exif_transpose(image)
+
+
 def to_eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """Scales a 16-bit grey image to 0..255, which `convert("RGB")` would clip; other modes are left alone."""
     if not image.mode.startswith("I"):
@@ -120,39 +130,6 @@ def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     OpenCV's and torch's `nearest`."""
     rows, columns = (np.arange(new) * old // new for old, new in zip(labels.shape, size, strict=True))
     return labels[rows[:, None], columns]
-
-
-def bilinear_weights(old: int, new: int, is_width: bool) -> tuple[np.ndarray, ...]:
-    """
-    For each of `new` positions along a side of `old`, the two that it lies between and their weights in 2048ths, as
-    OpenCV rounds them. Beyond the first and last column it takes that column alone; beyond a row, that row twice.
-    """
-    positions = ((np.arange(new) + 0.5) * (1 / (new / old)) - 0.5).astype(np.float32)
-    lower = np.floor(positions).astype(np.int64)
-    upper_weight = positions - lower.astype(np.float32)
-    if is_width:
-        upper_weight[(lower < 0) | (lower >= old - 1)] = 0
-    weights = (np.rint(weight * np.float32(2048)).astype(np.int32) for weight in (1 - upper_weight, upper_weight))
-    return lower.clip(0, old - 1), (lower + 1).clip(0, old - 1), *weights
-
-
-def resize_bilinear(image, size: tuple[int, int]):
-    """
-    Image (C, H, W), int32 array or tensor of values 0..255, at `size` (height, width): bilinear, pixel centres
-    aligned, without antialiasing, in the fixed-point arithmetic that OpenCV has for 8-bit images, bit for bit.
-    """
-    if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    (height, width), (new_height, new_width) = image.shape[-2:], size
-    rows, columns = bilinear_weights(height, new_height, False), bilinear_weights(width, new_width, True)
-    if isinstance(image, torch.Tensor):
-        rows, columns = ([torch.from_numpy(array).to(image.device) for array in side] for side in (rows, columns))
-    left, right, left_weight, right_weight = columns
-    image = (image[..., left] * left_weight + image[..., right] * right_weight) >> 4
-    top, bottom, top_weight, bottom_weight = rows
-    upper = (image[..., top, :] * top_weight[:, None]) >> 16
-    lower = (image[..., bottom, :] * bottom_weight[:, None]) >> 16
-    return (upper + lower + 2) >> 2
 
 
 def window_slices(size: tuple[int, int], window: tuple[int, int], stride: int) -> list[tuple[slice, slice]]:
@@ -273,9 +250,15 @@ class TwinsImageProcessingMixin:
             return open_image(images)
         return super().fetch_images(images)
 
-    def process_image(self, image: ImageInput, **kwargs):
+    def process_image(self, image: ImageInput, may_pack: bool = False, **kwargs):
+        """
+        An image upright and of 8 bits: (C, H, W) in the backend's type; with `may_pack`, that of an RGB photograph
+        (H, W), int32, its pixels packed as [`BilinearResize`] takes them, which is how PIL holds them.
+        """
         if isinstance(image, PIL.Image.Image):
-            image = to_eight_bit(PIL.ImageOps.exif_transpose(image))
+            image = to_eight_bit(upright(image))
+            if may_pack and image.mode == "RGB" and "transparency" not in image.info:
+                return np.frombuffer(image.tobytes("raw", "RGBX"), "<i4").reshape(image.height, image.width)
         elif image.dtype in (np.uint16, torch.uint16):
             image = np.asarray(image / 257).round().astype(np.uint8)
         return super().process_image(image, **kwargs)
@@ -291,9 +274,16 @@ class TwinsImageProcessingMixin:
         **kwargs,
     ) -> BatchFeature:
         images = self._prepare_image_like_inputs(
-            images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
+            images,
+            do_convert_rgb=do_convert_rgb,
+            input_data_format=input_data_format,
+            device=device,
+            may_pack=kwargs["do_resize"] and (device is None or torch.device(device).type == "cpu"),
         )
-        data = {"pixel_values": self._preprocess(images, **kwargs)}
+        samples = self._preprocess(images, **kwargs)
+        if return_tensors == "pt" and len(samples) == 1 and kwargs["do_resize"]:
+            samples = torch.as_tensor(samples[0])[None].contiguous()  # resized, so no one else's: stacking would copy
+        data = {"pixel_values": samples}
         if segmentation_maps is not None:
             data["labels"] = self._preprocess_labels(segmentation_maps, images, **kwargs)
         return BatchFeature(data=data, tensor_type=return_tensors)
@@ -317,9 +307,11 @@ class TwinsImageProcessingMixin:
         split_stride: int,
         **kwargs,
     ) -> list:
-        """Images (C, H, W) in the backend's type -> the same, ready for the model."""
+        """Images as `process_image` returns them -> (C, H, W) in the backend's type, ready for the model."""
         if do_resize and resample != PILImageResampling.BILINEAR:
             raise ValueError(f"resample={resample!r} is not supported: Twins processors resize bilinearly (2).")
+        if do_resize and not (do_rescale or do_normalize):
+            do_rescale, rescale_factor = True, 1.0  # whole grey levels, in float32 like all that is resized
         processed = []
         for image in images:
             if do_resize:
@@ -482,11 +474,21 @@ class TwinsImageProcessorPil(TwinsImageProcessingMixin, PilBackend):
     __doc__ = TwinsImageProcessingMixin.__doc__
 
     def resize(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return resize_bilinear(np.rint(image).astype(np.int32), size).astype(np.float32)
+        if image.ndim == 2 or image.dtype == np.uint8 and len(image) == 3:  # two dimensions: packed pixels
+            return resize_bilinear(image, size)
+        return resize_bilinear_whole(np.rint(image).astype(np.int32), size).astype(np.float32)
 
     def rescale_and_normalize(
         self, image, do_rescale, rescale_factor, do_normalize, image_mean, image_std
     ) -> np.ndarray:
+        if image.dtype == np.uint8 and (do_rescale or do_normalize):  # a table of the 256 levels gives the same bits
+            levels = np.tile(np.arange(256), (len(image), 1, 1))
+            settings = do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            table = self.rescale_and_normalize(levels, *settings)
+            converted = np.empty(image.shape, table.dtype)
+            for channel_table, channel, out in zip(table, image, converted, strict=True):
+                channel_table.take(channel, out=out, mode="clip")
+            return converted
         if do_rescale:
             image = self.rescale(image, rescale_factor)
         if do_normalize:

@@ -16,6 +16,7 @@ CODE = (
     "modeling_twins",
     "image_processing_twins",
     "image_processing_pil_twins",
+    "resizing_twins",
 )
 MODEL_AUTO_MAP = {
     "AutoConfig": "configuration_twins.TwinsConfig",

@@ -17,7 +17,7 @@ from twins_hf.data.transforms import (
     SegmentationTrainTransform,
     crop_labels,
 )
-from twins_hf.image_processing_pil_twins import resize_bilinear
+from twins_hf.resizing_twins import resize_bilinear_whole
 
 
 def example(height=60, width=90, seed=0):
@@ -97,7 +97,7 @@ def saturate(image, factor):
 def compose_plainly(image, labels, augmentation, crop_size):
     """The protocol's steps one by one, each on the whole image of 8 bits."""
     box, color = augmentation.box, augmentation.color
-    image = resize_bilinear(tvF.pil_to_tensor(image).int(), augmentation.size).to(torch.uint8)
+    image = resize_bilinear_whole(tvF.pil_to_tensor(image).int(), augmentation.size).to(torch.uint8)
     labels = tvF.resize(tv_tensors.Mask(torch.from_numpy(labels)), augmentation.size).as_subclass(torch.Tensor)
     image, labels = tvF.crop(image, *box), tvF.crop(labels, *box)
     if augmentation.is_mirrored:

@@ -3,7 +3,7 @@ The training transform behind the published numbers: random resize, class-limite
 normalisation, padding.
 
 The crop is chosen on the labels first; only the pixels that it shows are then resized, and all that follows runs on
-bands of rows that a core's cache holds. The result is, bit for bit, that of the plain composition: OpenCV's bilinear
+bands of rows that a cache holds. The result is, bit for bit, that of the plain composition: OpenCV's bilinear
 resize of the whole image, then the crop, then torchvision's operations on 8-bit images.
 """
 
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 
-from ..image_processing_pil_twins import IGNORE_INDEX, bilinear_weights, fitted_size, to_eight_bit
+from ..image_processing_pil_twins import IGNORE_INDEX, fitted_size, to_eight_bit
+from ..resizing_twins import BilinearResize, bands
 
-BAND_PIXELS = 2**14  # of a band of rows: its three channels in float32 are 196 kB, which a core's cache holds
 TINY = 1e-20  # added to divisors, one of which may be 0; too little to change any other
 
 
@@ -79,50 +79,6 @@ def crop_labels(labels: np.ndarray, size: tuple[int, int], box: CropBox) -> np.n
         for old, new, first, count in zip(labels.shape, size, box[:2], box[2:], strict=True)
     )
     return labels.take(rows, axis=0, mode="clip").take(columns, axis=1, mode="clip")
-
-
-class CroppedResize:
-    """
-    Image (3, H, W), uint8, resized to `size` (height, width) as `resize_bilinear` does, of which only the box is
-    computed, a band of its rows at a time.
-    """
-
-    def __init__(self, image: np.ndarray, size: tuple[int, int], box: CropBox, is_mirrored: bool = False):
-        self.rows = [side[box.top : box.top + box.height] for side in bilinear_weights(image.shape[1], size[0], False)]
-        columns = [side[box.left : box.left + box.width] for side in bilinear_weights(image.shape[2], size[1], True)]
-        left, right, left_weight, right_weight = (side[::-1] for side in columns) if is_mirrored else columns
-        self.image = image[:, :, columns[0][0] : columns[1][-1] + 1]
-        self.left, self.right = left - columns[0][0], right - columns[0][0]
-        # float32 holds the sums of 8-bit values times 11-bit weights without rounding; a conversion rounds down
-        self.left_weight, self.right_weight = (np.float32(weight) / 16 for weight in (left_weight, right_weight))
-
-    def band(self, rows: slice) -> np.ndarray:
-        """These rows of the box: (3, rows, width), float32, whole grey levels 0..255."""
-        top, bottom, top_weight, bottom_weight = (side[rows] for side in self.rows)
-        pixels = self.image[:, top[0] : bottom[-1] + 1].astype(np.float32, order="C")
-        value = pixels.take(self.left, axis=2, mode="clip")
-        other = pixels.take(self.right, axis=2, mode="clip")
-        value *= self.left_weight
-        other *= self.right_weight
-        value += other
-        value = value.astype(np.int32)
-
-        other = value.take(bottom - top[0], axis=1, mode="clip")
-        value = value.take(top - top[0], axis=1, mode="clip")
-        value *= top_weight[:, None]
-        other *= bottom_weight[:, None]
-        value >>= 16
-        other >>= 16
-        value += other
-        value += 2
-        value >>= 2
-        return value.astype(np.float32)
-
-
-def bands(height: int, width: int) -> list[slice]:
-    """Rows, a few at a time."""
-    count = max(1, BAND_PIXELS // width)
-    return [slice(first, min(first + count, height)) for first in range(0, height, count)]
 
 
 @dataclasses.dataclass
@@ -343,11 +299,11 @@ class SegmentationTrainTransform(nn.Module):
     def apply(self, image: np.ndarray, augmentation: Augmentation) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (3, H, W), uint8 -> what [`forward`] returns, for this draw."""
         box, is_mirrored = augmentation.box, augmentation.is_mirrored
-        resized = CroppedResize(image, augmentation.size, box, is_mirrored)
+        resized = BilinearResize(image, augmentation.size, box, is_mirrored)
         pixel_values = np.empty((3, *self.crop_size), np.float32)
         pixel_values[:, box.height :], pixel_values[:, :, box.width :] = 0, 0
         for rows in bands(box.height, box.width):
-            band = resized.band(rows)
+            band = resized.band(rows).astype(np.float32)
             if augmentation.color is not None:
                 augmentation.color(band)
             band *= 1 / 255

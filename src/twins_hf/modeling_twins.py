@@ -312,7 +312,8 @@ class TwinsLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attention_output, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
         hidden_states = hidden_states + self.drop_path(attention_output)
-        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+        mlp_output = self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states + mlp_output if torch.is_grad_enabled() else hidden_states.add_(mlp_output)
 
 
 class TwinsPositionEncoding(nn.Module):

@@ -97,8 +97,8 @@ def winograd_products(tiles: torch.Tensor, weights: torch.Tensor, bias: torch.Te
 
 
 def bands(feature_map: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(image, top, bottom) of bands of some 128 tiles: what lies between the steps is then so small that it is not given
-    back to the system with each band, to be had again at a higher price."""
+    """(image, top, bottom) of bands of some 128 tiles: what lies between the steps is then so small that its memory is
+    not given back to the system with each band, to be had again at a price."""
     batch_size, height, width, _ = feature_map.shape
     rows, height = max(1, 128 * TILE // width) * TILE, height + -height % TILE
     return [(image, top, min(top + rows, height)) for image in range(batch_size) for top in range(0, height, rows)]

@@ -272,8 +272,8 @@ class TwinsMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
             return self.project(hidden_states)
-        # Some positions at a time, so that what lies between the products stays in cache.
-        positions = hidden_states.flatten(0, -2).split(max(1, 2**20 // self.fc1.out_features))
+        # Some positions at a time: what lies between the products stays in cache, and in memory that is had already.
+        positions = hidden_states.flatten(0, -2).split(max(1, 2**19 // self.fc1.out_features))
         return torch.cat([self.project(some) for some in positions]).view(hidden_states.shape)
 
 

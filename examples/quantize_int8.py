@@ -78,8 +78,9 @@ def main() -> None:
     processor = AutoImageProcessor.from_pretrained(folder)
     model = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
     scenes = load_scenes()
-    calibration = [processor(image, return_tensors="np")["pixel_values"] for image in scenes["train"][:32]["image"]]
-    batches = [processor(image, return_tensors="np")["pixel_values"] for image in scenes["validation"]["image"]]
+    crops = {"do_center_crop": True, "return_tensors": "np"}  # one size for all
+    calibration = [processor(image, **crops)["pixel_values"] for image in scenes["train"][:32]["image"]]
+    batches = [processor(image, **crops)["pixel_values"] for image in scenes["validation"]["image"]]
 
     @torch.inference_mode()
     def in_torch(batch: np.ndarray) -> np.ndarray:

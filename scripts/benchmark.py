@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of Twins here and elsewhere, as ratios, on random weights: what docs/performance.md holds.
 
-python scripts/benchmark.py --mmseg-python mmseg/bin/python
+python scripts/benchmark.py --mmseg-python mmseg/bin/python --openvino
 
 Ours and theirs take turns, so that both see the machine in the same state; a ratio is the median over the rounds, with
 its spread. What is measured for its memory runs in a process of its own, whose peak resident set is the answer.
@@ -19,18 +19,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: waiting threads sleep
+import numpy as np
+import PIL.Image
+import timm
+import torch
+import transformers
+from benchmark_stages import MMSegmentation, seconds
+from mmseg_reference import run_once
+from PIL import ImageDraw, ImageFont
 
-import numpy as np  # noqa: E402
-import PIL.Image  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from benchmark_stages import MMSegmentation, seconds  # noqa: E402
-from mmseg_reference import run_once  # noqa: E402
-from PIL import ImageDraw, ImageFont  # noqa: E402
-
-from twins_hf import TwinsConfig, TwinsForSemanticSegmentation  # noqa: E402
+from twins_hf import TwinsConfig, TwinsForSemanticSegmentation, TwinsImageProcessor, TwinsImageProcessorPil
 
 SCRIPTS = Path(__file__).parent
 VARIANTS = {"pcpvt-s": "twins_pcpvt_small", "svt-s": "twins_svt_small"}
@@ -96,9 +94,18 @@ def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str
     return times
 
 
+def in_openvino(model: torch.nn.Module, pixel_values: torch.Tensor) -> Callable[[np.ndarray], object]:
+    import openvino
+
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"pixel_values": pixel_values})
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.compile_model(openvino.convert_model(program), "CPU", settings)
+
+
 @torch.inference_mode()
-def inference_rows(variant: str, python: str | None, rounds: int, folder: Path) -> list[str]:
-    """Whole model and encoder at 512x512, eager and compiled."""
+def inference_rows(variant: str, python: str | None, with_openvino: bool, rounds: int, folder: Path) -> list[str]:
+    """Whole model and encoder at 512x512, eager, compiled and exported."""
     model, timm_encoder = build(variant), timm.create_model(VARIANTS[variant], num_classes=0).eval()
     pixel_values = torch.randn(1, 3, 512, 512)
     runs = {
@@ -114,6 +121,9 @@ def inference_rows(variant: str, python: str | None, rounds: int, folder: Path) 
     for run in runs.values():
         run(pixel_values)
     functions = {name: lambda run=run: seconds(lambda: run(pixel_values), 1) for name, run in runs.items()}
+    if with_openvino:
+        exported = in_openvino(model, pixel_values)
+        functions["exported"] = lambda: seconds(lambda: exported(pixel_values.numpy()), 1)
     if python is not None:
         image, mask = folder / "photo.png", folder / "mask.png"
         PIL.Image.new("RGB", (512, 512)).save(image)
@@ -121,6 +131,9 @@ def inference_rows(variant: str, python: str | None, rounds: int, folder: Path) 
         config, checkpoint = f"twins_{variant}_uperhead", folder / "mmseg.pth"
         reference = MMSegmentation(python, config, checkpoint, str(image), str(mask))
         functions["MMSegmentation"] = lambda: reference.seconds("forward", 1)
+        if with_openvino:
+            reference.seconds("forward in OpenVINO", 1)  # compiles it
+            functions["MMSegmentation in OpenVINO"] = lambda: reference.seconds("forward in OpenVINO", 1)
     times = in_turns(functions, rounds)
 
     def best(name: str) -> list[float]:
@@ -129,6 +142,11 @@ def inference_rows(variant: str, python: str | None, rounds: int, folder: Path) 
     comparisons = [
         ("whole model, eager", "MMSegmentation, eager", "MMSegmentation", times["whole"]),
         ("whole model, better of eager and compiled", "MMSegmentation, eager", "MMSegmentation", best("whole")),
+        ("whole model, eager", "MMSegmentation in OpenVINO", "MMSegmentation in OpenVINO", times["whole"]),
+        (
+            *("whole model, exported to OpenVINO", "MMSegmentation in OpenVINO", "MMSegmentation in OpenVINO"),
+            times.get("exported"),
+        ),
         ("encoder, eager", "timm, eager", "timm", times["encoder"]),
         ("encoder, better of eager and compiled", "timm, compiled", "timm, compiled", best("encoder")),
         ("whole model, eager", "transformers' UPerNet over our backbone", "transformers' UPerNet", times["whole"]),
@@ -140,6 +158,25 @@ def inference_rows(variant: str, python: str | None, rounds: int, folder: Path) 
         for what, other, name, found in comparisons
         if name in times
     ]
+
+
+def processor_rows(rounds: int) -> list[str]:
+    """One photograph of 1024x768; SegFormer's processor makes it 512x512, ours 683x512."""
+    pixels = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), dtype=np.uint8)
+    photograph, rows = PIL.Image.fromarray(pixels), []
+    for backend, ours, theirs in (
+        ("torchvision", TwinsImageProcessor(), transformers.SegformerImageProcessor()),
+        ("PIL", TwinsImageProcessorPil(), transformers.SegformerImageProcessorPil()),
+    ):
+        functions = {
+            name: lambda run=run: seconds(lambda: run(photograph, return_tensors="pt"), 5)
+            for name, run in (("theirs", theirs), ("ours", ours))
+        }
+        times = in_turns(functions, 10 * rounds)
+        medians = [f"{1e3 * np.median(times[name]):.3g} ms" for name in functions]
+        title = f"image processor, {backend}, 1024x768 | transformers' SegFormer processor"
+        rows.append(f"| {title} | {' | '.join(medians)} | {ratio(times['theirs'], times['ours'])} |")
+    return rows
 
 
 def training_rows(python: str, rounds: int) -> list[str]:
@@ -240,6 +277,7 @@ How inference with PCPVT-S and UPerNet grows:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mmseg-python", help="interpreter of an environment with MMSegmentation")
+    parser.add_argument("--openvino", action="store_true", help="time both there too; each environment needs openvino")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=7, help="of inference, defaults to %(default)s")
     parser.add_argument("--training-rounds", type=int, default=3, help="defaults to %(default)s")
@@ -254,8 +292,9 @@ def main() -> None:
     started, rows = time.time(), []
     with tempfile.TemporaryDirectory() as folder:
         for variant in args.variants:
-            rows += inference_rows(variant, args.mmseg_python, args.rounds, Path(folder))
+            rows += inference_rows(variant, args.mmseg_python, args.openvino, args.rounds, Path(folder))
             print("\n".join(rows), file=sys.stderr)
+    rows += processor_rows(args.rounds)
     if args.mmseg_python is not None:
         rows += [*training_rows(args.mmseg_python, args.training_rounds), inference_memory_row(args.mmseg_python)]
         print("\n".join(rows), file=sys.stderr)

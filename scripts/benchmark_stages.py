@@ -11,7 +11,6 @@ MMSegmentation normalises crops on the training device, so its pipeline is timed
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,21 +18,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: waiting threads sleep
+import evaluate
+import numpy as np
+import PIL.Image
+import torch
+from transformers.utils import is_timm_available
 
-import evaluate  # noqa: E402
-import numpy as np  # noqa: E402
-import PIL.Image  # noqa: E402
-import torch  # noqa: E402
-from transformers.utils import is_timm_available  # noqa: E402
-
-from twins_hf import TwinsConfig, TwinsForSemanticSegmentation, TwinsImageProcessor  # noqa: E402
-from twins_hf.configuration_twins import VARIANTS  # noqa: E402
-from twins_hf.conversion import load_model  # noqa: E402
-from twins_hf.data import SegmentationTrainTransform  # noqa: E402
-from twins_hf.data.loading import read_training_example  # noqa: E402
-from twins_hf.evaluation import MEAN_IOU  # noqa: E402
-from twins_hf.image_processing_pil_twins import largest_class, open_image  # noqa: E402
+from twins_hf import TwinsConfig, TwinsForSemanticSegmentation, TwinsImageProcessor
+from twins_hf.configuration_twins import VARIANTS
+from twins_hf.conversion import load_model
+from twins_hf.data import SegmentationTrainTransform
+from twins_hf.data.loading import read_training_example
+from twins_hf.evaluation import MEAN_IOU
+from twins_hf.image_processing_pil_twins import largest_class, open_image
 
 STAGES = ("preprocessing", "forward", "post-processing", "metric")
 TRAINING_STAGES = ("training transform", "training transform, without normalisation")  # ours always normalises

@@ -1,5 +1,9 @@
 """One traced program serves every size: torch.compile, torch.export and ONNX give what the model gives."""
 
+import runpy
+from pathlib import Path
+
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -82,3 +86,17 @@ def test_onnxruntime_takes_any_size(exported, tmp_path):
     for size in (*SIZES, (1, 56, 66), (3, 32, 32)):
         found = session.run(["logits"], {"pixel_values": images(*size).numpy()})[0]
         assert_close(torch.from_numpy(found), model(images(*size)).logits)
+
+
+@torch.inference_mode()
+def test_the_int8_example_stays_near_float32_with_its_convolutions_and_linear_layers_in_int8(tmp_path):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "quantize_int8.py"))
+    model, pixel_values = build("svt-upernet"), images(1, 64, 64)
+    expected = model(pixel_values).logits
+    example["export"](model, pixel_values.numpy(), tmp_path / "direct.onnx")
+    example["quantize"](tmp_path / "direct.onnx", tmp_path / "int8.onnx", [pixel_values.numpy()])
+    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx")
+    found = torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
+    assert 1e-4 < ((found - expected).abs().max() / expected.abs().max()).item() < 0.2
+    kinds = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node]
+    assert kinds.count("MatMulInteger") > 30 and kinds.count("QuantizeLinear") > 10

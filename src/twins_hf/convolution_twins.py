@@ -218,7 +218,7 @@ def shifted_upsampling(length: int, coarse_length: int, like: torch.Tensor) -> t
     three taps of a convolution, zeros moving in at the ends."""
     position = torch.arange(length, device=like.device)[:, None] + torch.arange(-1, 2, device=like.device)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    source = ((position.to(dtype) + 0.5) * (coarse_length / length) - 0.5).clamp(0, coarse_length - 1)
+    source = ((position.to(dtype) + 0.5) * coarse_length / length - 0.5).clamp(0, coarse_length - 1)
     weights = 1 - (source[..., None] - torch.arange(coarse_length, device=like.device)).abs()
     is_inside = (position >= 0) & (position < length)
     return (weights.clamp(min=0) * is_inside[..., None]).to(like.dtype)

@@ -1,5 +1,7 @@
 """Each fast convolution against `torch.nn.functional.conv2d` on what it stands for."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,8 +119,9 @@ def test_winograd_gives_the_values_and_gradients_of_the_direct_convolution(size,
 @pytest.mark.parametrize("size", [(8, 8), (13, 18), (1, 1), (3, 70), (70, 3), (4, 1030)])
 def test_winograd_in_one_piece_gives_the_same(size):
     (feature_map,) = maps(size)
-    inputs = feature_map.permute(0, 2, 3, 1), weights(5, 4, 3, 3), weights(1, 5)[0]
-    found, expected = convolution_twins.traced_winograd(*inputs), convolution_twins.winograd(*inputs)
+    positions, weight, bias = feature_map.permute(0, 2, 3, 1), weights(5, 4, 3, 3), weights(1, 5)[0]
+    found = convolution_twins.traced_winograd(positions, weight, bias)
+    expected = convolution_twins.winograd(positions, convolution_twins.winograd_weights(weight), bias)
     torch.testing.assert_close(found[:, : size[0], : size[1]], expected[:, : size[0], : size[1]])
 
 
@@ -226,6 +229,51 @@ def test_batch_norm_is_folded_into_whatever_the_weights_are_now(conv_module):
     conv_module = nn.SyncBatchNorm.convert_sync_batchnorm(conv_module)
     assert_equal()
     assert set(conv_module.state_dict()) == keys
+
+
+def test_transformed_weights_are_neither_saved_nor_kept_when_a_model_trains_or_is_gone():
+    def kept():
+        return {id(owner) for owner in convolution_twins._kept_weights}
+
+    module, feature_map, before = TwinsConvModule(128, 128, 3).eval(), torch.randn(1, 128, 32, 32), kept()
+    for _ in range(2):
+        with torch.no_grad():
+            module(feature_map)
+        assert kept() == before | {id(module.conv.weight)}
+        module(feature_map)
+        assert kept() == before
+    with torch.no_grad():
+        module(feature_map)
+    assert len(pickle.dumps(module)) < 2 * 9 * 128 * 128 * 4
+    del module
+    assert kept() == before
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_transformed_weights_are_kept_between_inferences_and_not_beyond_what_they_are_made_of(grad_mode, monkeypatch):
+    module, feature_map, transforms = TwinsConvModule(128, 130, 3).eval(), torch.randn(1, 128, 33, 35), []
+    transform = convolution_twins.winograd_weights
+    monkeypatch.setattr(
+        convolution_twins, "winograd_weights", lambda weight: transforms.append(1) or transform(weight)
+    )
+
+    def number_of_transforms():
+        transforms.clear()
+        with grad_mode():
+            found, expected = module(feature_map), plain_module(module, feature_map)
+        assert (found - expected).abs().max() < 3e-5 * expected.abs().max()
+        return len(transforms)
+
+    assert [number_of_transforms(), number_of_transforms()] == [1, 0]
+    for change in (
+        lambda: module.conv.weight.data[5, 6, 1].mul_(1.5),  # which no version counter sees
+        lambda: setattr(module.conv.weight, "data", torch.randn(130, 128, 3, 3)),
+        lambda: module.batch_norm.running_var.mul_(2),
+        lambda: module.load_state_dict(TwinsConvModule(128, 130, 3).state_dict()),
+    ):
+        with torch.no_grad():
+            change()
+        assert [number_of_transforms(), number_of_transforms()] == [1, 0]
 
 
 def test_a_folded_module_has_the_gradients_of_the_plain_one(conv_module):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # F(4x4, 3x3) of "Fast Algorithms for Convolutional Neural Networks" (Lavin and Gray, arXiv 1509.09308).
 TILE = 4
@@ -60,12 +61,23 @@ def both_axes(transform: tuple, like: torch.Tensor) -> torch.Tensor:
     return torch.kron(matrix, matrix)
 
 
-def winograd_weights(weight: torch.Tensor) -> list[torch.Tensor]:
-    """(out, in, 3, 3) -> (36, in, 256) for each 256 of the output's channels: memory of over 32 MiB in one piece goes
-    back to the system when it is freed, and to get it again takes longer than to fill it."""
-    transform = both_axes(WEIGHT_TRANSFORM, weight)
-    groups = [group.reshape(-1, 9).T for group in weight.split(256)]
-    return [(transform @ group).view(36, -1, weight.shape[1]).transpose(1, 2) for group in groups]
+def winograd_weights(weight: torch.Tensor) -> torch.Tensor:
+    """(out, in, 3, 3) -> (36, in, out)."""
+    transformed = both_axes(WEIGHT_TRANSFORM, weight) @ weight.transpose(0, 1).reshape(-1, 9).T
+    return transformed.view(36, weight.shape[1], weight.shape[0])
+
+
+# For each weight: the numbers it had in the last inference, and what `winograd_weights` made of them.
+_kept_weights = WeakTensorKeyDictionary()
+
+
+def kept_winograd_weights(weight: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """`winograd_weights` of what is made of `owner`, kept while that lives and `weight` has the same numbers."""
+    numbers, transformed = _kept_weights.get(owner, (None, None))
+    if numbers is None or not torch.equal(numbers, weight):
+        numbers, transformed = weight.clone(), winograd_weights(weight)
+        _kept_weights[owner] = numbers, transformed
+    return transformed
 
 
 def indices(shape: tuple[int, ...], like: torch.Tensor) -> list[torch.Tensor]:
@@ -77,15 +89,16 @@ def indices(shape: tuple[int, ...], like: torch.Tensor) -> list[torch.Tensor]:
     return along[::-1]
 
 
+def transformed_tiles(tiles: torch.Tensor, channels: int) -> torch.Tensor:
+    """The 36 positions of each tile, (36, tiles * C), transformed: (36, tiles, C)."""
+    return (both_axes(INPUT_TRANSFORM, tiles) @ tiles).view(36, -1, channels)
+
+
 def winograd_tiles(padded: torch.Tensor) -> torch.Tensor:
     """(B, 4 * rows + 2, 4 * columns + 2, C) -> (36, B * rows * columns, C), transformed tiles of 6x6 that overlap by
     2."""
-    batch_size, height, width, channels = padded.shape
-    shape = (TILE + 2, TILE + 2, batch_size, (height - 2) // TILE, (width - 2) // TILE)
-    row, column, image, tile_row, tile_column = indices(shape, padded)
-    source = (image * height + tile_row * TILE + row) * width + tile_column * TILE + column
-    tiles = padded.flatten(0, 2).index_select(0, source)  # (36 * B * rows * columns, C)
-    return (both_axes(INPUT_TRANSFORM, padded) @ tiles.view(36, -1)).view(36, -1, channels)
+    tiles = padded.unfold(1, TILE + 2, TILE).unfold(2, TILE + 2, TILE)  # (B, rows, columns, C, 6, 6)
+    return transformed_tiles(tiles.permute(4, 5, 0, 1, 2, 3).reshape(36, -1), padded.shape[-1])
 
 
 def winograd_products(tiles: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -117,18 +130,15 @@ def tiled(band: torch.Tensor) -> torch.Tensor:
     return band.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).permute(1, 3, 0, 2, 4)
 
 
-def winograd(feature_map: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The 3x3 convolution of (B, H, W, in) with (out, in, 3, 3), padded by one: (B, H', W', out), where H' and W' are
-    the next multiples of 4 and what lies beyond H and W has no meaning."""
+def winograd(feature_map: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The 3x3 convolution of (B, H, W, in), padded by one, with `winograd_weights` of (out, in, 3, 3): (B, H', W',
+    out), where H' and W' are the next multiples of 4 and what lies beyond H and W has no meaning."""
     batch_size, height, width, _ = feature_map.shape
-    weights = winograd_weights(weight)
-    output = feature_map.new_empty(batch_size, height + -height % TILE, width + -width % TILE, weight.shape[0])
+    output = feature_map.new_empty(batch_size, height + -height % TILE, width + -width % TILE, weights.shape[-1])
     for image, top, bottom in bands(feature_map):
         tiles = winograd_tiles(padded_band(feature_map, image, top, bottom))
-        for group, columns in enumerate(output[image, top:bottom].split(256, dim=-1)):
-            columns = tiled(columns)
-            products = winograd_products(tiles, weights[group], None if bias is None else bias.split(256)[group])
-            columns.copy_(products.view(columns.shape))
+        band = tiled(output[image, top:bottom])
+        band.copy_(winograd_products(tiles, weights, bias).view(band.shape))
     return output
 
 
@@ -137,8 +147,14 @@ def traced_winograd(feature_map: torch.Tensor, weight: torch.Tensor, bias: torch
     batch_size, height, width, _ = feature_map.shape
     rows, columns = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
     padding = (0, 0, 1, columns * TILE - width + 1, 1, rows * TILE - height + 1)
-    tiles = winograd_tiles(nn.functional.pad(feature_map, padding))
-    products = winograd_products(tiles, torch.cat(winograd_weights(weight), dim=-1), None)
+    padded = nn.functional.pad(feature_map, padding)
+    # A gather, since sliding windows over a map of any size are not in every runtime that an exported program goes to.
+    shape = (TILE + 2, TILE + 2, batch_size, rows, columns)
+    row, column, image, tile_row, tile_column = indices(shape, padded)
+    source = (image * padded.shape[1] + tile_row * TILE + row) * padded.shape[2] + tile_column * TILE + column
+    tiles = padded.flatten(0, 2).index_select(0, source)  # (36 * B * rows * columns, C)
+    tiles = transformed_tiles(tiles.view(36, -1), padded.shape[-1])
+    products = winograd_products(tiles, winograd_weights(weight), None)
     image, row, column = indices((batch_size, height, width), tiles)
     tile = (image * rows + row // TILE) * columns + column // TILE
     output = products.view(TILE * TILE, -1, weight.shape[0])[row % TILE * TILE + column % TILE, tile]
@@ -164,7 +180,7 @@ class WinogradConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature_map, weight, bias):
         ctx.save_for_backward(feature_map, weight)
-        return winograd(feature_map, weight, bias)
+        return winograd(feature_map, winograd_weights(weight), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -173,7 +189,8 @@ class WinogradConvolution(torch.autograd.Function):
         map_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
             _, height, width, _ = feature_map.shape
-            map_gradient = winograd(gradient, weight.flip(2, 3).transpose(0, 1))[:, :height, :width]
+            weights = winograd_weights(weight.flip(2, 3).transpose(0, 1))
+            map_gradient = winograd(gradient, weights)[:, :height, :width]
         if ctx.needs_input_grad[1]:
             weight_gradient = winograd_weight_gradient(feature_map, gradient)
         if ctx.needs_input_grad[2]:
@@ -201,16 +218,25 @@ def convolve(
     feature_map: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
+    owner: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A 1x1 or 3x3 convolution that keeps the size: (B, in, H, W) -> (B, out, H, W)."""
+    """A 1x1 or 3x3 convolution that keeps the size: (B, in, H, W) -> (B, out, H, W). `owner` is the parameter that
+    `weight` is made of, where it is not that itself."""
     if weight.shape[-1] == 1:
         positions = feature_map.permute(0, 2, 3, 1)
         return nn.functional.linear(positions, weight.flatten(1), bias).permute(0, 3, 1, 2)
-    if is_winograd_faster(feature_map, weight):
-        function = traced_winograd if torch.compiler.is_compiling() else WinogradConvolution.apply
-        output = function(feature_map.permute(0, 2, 3, 1), weight, bias)
-        return output.permute(0, 3, 1, 2)[..., : feature_map.shape[2], : feature_map.shape[3]]
-    return nn.functional.conv2d(feature_map, weight, bias, padding=1)
+    if not is_winograd_faster(feature_map, weight):
+        return nn.functional.conv2d(feature_map, weight, bias, padding=1)
+    positions = feature_map.permute(0, 2, 3, 1)
+    owner = weight if owner is None else owner
+    if torch.compiler.is_compiling():
+        output = traced_winograd(positions, weight, bias)
+    elif torch.is_grad_enabled():
+        _kept_weights.pop(owner, None)
+        output = WinogradConvolution.apply(positions, weight, bias)
+    else:
+        output = winograd(positions, kept_winograd_weights(weight, owner), bias)
+    return output.permute(0, 3, 1, 2)[..., : feature_map.shape[2], : feature_map.shape[3]]
 
 
 def shifted_upsampling(length: int, coarse_length: int, like: torch.Tensor) -> torch.Tensor:
@@ -251,7 +277,7 @@ def convolve_pyramid(
     finest_weight, *weights = weight.split([level.shape[1] for level in levels], dim=1)
     if scale is not None:
         finest_weight = finest_weight * scale[:, None, None, None]
-    output = convolve(finest, finest_weight, bias)
+    output = convolve(finest, finest_weight, bias, owner=weight)
     if not coarser:
         return output
 

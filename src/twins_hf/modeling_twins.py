@@ -54,6 +54,18 @@ def is_needed(pad: int | torch.SymInt) -> bool:
     return not statically_known_true(pad == 0)
 
 
+def linear(layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    `layer(hidden_states)`, (..., C) -> (..., C'). Compiled for a CPU, the bias is apart: the compiler adds it in one
+    loop with what comes next, where torch would fill the product's memory with it first.
+    """
+    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    is_on_cpu = hidden_states.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if is_compiled and is_on_cpu and type(layer) is nn.Linear:  # not an adapter in its place
+        return nn.functional.linear(hidden_states, layer.weight) + layer.bias
+    return layer(hidden_states)
+
+
 class TwinsPatchConv(nn.Conv2d):
     """A convolution of non-overlapping patches, whose remainder at the edge is not seen, as a matrix product."""
 
@@ -192,7 +204,7 @@ class TwinsGlobalSubsampledAttention(TwinsAttention):
         (query,) = self.split_heads(self.q_proj(hidden_states.flatten(1, 2)), 1)
         key, value = self.split_heads(self.kv_proj(self.reduce(hidden_states)), 2)
         context, probabilities = self.attend(query, key, value, **kwargs)
-        return self.dropout(self.o_proj(context)).view(hidden_states.shape), probabilities
+        return self.dropout(linear(self.o_proj, context)).view(hidden_states.shape), probabilities
 
 
 class TwinsLocallyGroupedAttention(TwinsAttention):
@@ -253,7 +265,7 @@ class TwinsLocallyGroupedAttention(TwinsAttention):
         context = context.view(batch_size, padded_height // side, padded_width // side, side, side, channels)
         context = context.transpose(2, 3).reshape(batch_size, padded_height, padded_width, channels)
         context = crop(context, height, width)
-        return self.dropout(self.o_proj(context)), probabilities
+        return self.dropout(linear(self.o_proj, context)), probabilities
 
 
 class TwinsMLP(nn.Module):
@@ -267,8 +279,8 @@ class TwinsMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(self.activation_fn(self.fc1(hidden_states)))
-        return self.dropout(self.fc2(hidden_states))
+        hidden_states = self.dropout(self.activation_fn(linear(self.fc1, hidden_states)))
+        return self.dropout(linear(self.fc2, hidden_states))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":

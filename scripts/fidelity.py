@@ -17,6 +17,7 @@ from pathlib import Path
 import timm
 import torch
 import transformers
+from benchmark_stages import TIMM_NAMES
 from tqdm import tqdm
 
 from twins_hf.configuration_twins import VARIANTS
@@ -26,7 +27,6 @@ REFERENCE = Path(__file__).with_name("mmseg_reference.py")
 HEADS = {"uperhead": "UPerNet", "fpn": "Semantic FPN"}
 MMSEG_SIZES = [(512, 512), (448, 700), (512, 700), (700, 512), (333, 517)]
 TIMM_SIZES = [(224, 224), (256, 320), (250, 331)]
-TIMM_NAMES = {"s": "small", "b": "base", "l": "large"}
 MMSEG_TOLERANCE, TIMM_TOLERANCE = 1e-4, 1e-5
 # Settings of a converted checkpoint, and what another reference has there.
 OTHER_SETTINGS = {"window_padding": ["masked", "unmasked"], "patch_padding": [False], "layer_norm_eps": [1e-6]}

@@ -189,8 +189,8 @@ class WinogradConvolution(torch.autograd.Function):
         map_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
             _, height, width, _ = feature_map.shape
-            weights = winograd_weights(weight.flip(2, 3).transpose(0, 1))
-            map_gradient = winograd(gradient, weights)[:, :height, :width]
+            map_gradient = winograd(gradient, winograd_weights(weight.flip(2, 3).transpose(0, 1)))
+            map_gradient = map_gradient[:, :height, :width]
         if ctx.needs_input_grad[1]:
             weight_gradient = winograd_weight_gradient(feature_map, gradient)
         if ctx.needs_input_grad[2]:

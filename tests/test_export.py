@@ -63,9 +63,8 @@ def test_a_model_compiled_for_any_size_is_not_compiled_again_for_another(name):
             assert_close(compiled(images(*size)).logits, model(images(*size)).logits)
 
 
-@pytest.fixture(scope="module", params=[name for name in MODELS if name != "pcpvt-upernet"])
+@pytest.fixture(scope="module", params=MODELS)
 def exported(request):
-    """Not for PCPVT, whose every block SVT has too: an export takes a minute."""
     model = build(request.param)
     sizes = {"pixel_values": {0: Dim("batch", min=1, max=64), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
     with torch.no_grad():

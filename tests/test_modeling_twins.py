@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import FAMILIES, TINY, randomize
+from torch import nn
 from transformers import AutoBackbone, AutoModel, AutoModelForSemanticSegmentation
 
 from twins_hf import (
@@ -489,3 +490,28 @@ def test_transformers_frameworks_take_the_backbone(framework):
         )
         outputs = transformers.DetrForObjectDetection(config).eval()(pixel_values)
         assert outputs.pred_boxes.shape == (1, 4, 4)
+
+
+class Adapter(nn.Module):
+    """A layer around a layer, whose weights it shows as its own, as adapters do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias, self.out_features = layer, layer.weight, layer.bias, len(layer.weight)
+
+    def forward(self, inputs):
+        return 2 * self.layer(inputs)
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, Adapter])
+@pytest.mark.parametrize("size", [(1, 1), (5, 8)])
+@torch.inference_mode()
+def test_a_compiled_layer_does_what_it_does_uncompiled_also_with_adapters(wrap, size):
+    torch.compiler.reset()
+    layer = randomize(TwinsForSemanticSegmentation(TwinsConfig(**TINY))).twins.stages[3]
+    layer.position_encoding.projection = wrap(layer.position_encoding.projection)
+    layer.layers[0].mlp.fc1 = wrap(layer.layers[0].mlp.fc1)
+    layer.layers[1].attention.o_proj = wrap(layer.layers[1].attention.o_proj)
+    feature_map = torch.randn(2, TINY["hidden_sizes"][2], 2 * size[0], 2 * size[1])
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(feature_map), layer(feature_map))

@@ -54,14 +54,18 @@ def is_needed(pad: int | torch.SymInt) -> bool:
     return not statically_known_true(pad == 0)
 
 
+def is_compiled(layer: nn.Module, kind: type) -> bool:
+    """Whether a compiler, not an export, sees a `layer` that is of this very `kind`, and no adapter in its place."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and type(layer) is kind
+
+
 def linear(layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
     """
     `layer(hidden_states)`, (..., C) -> (..., C'). Compiled for a CPU, the bias is apart: the compiler adds it in one
     loop with what comes next, where torch would fill the product's memory with it first.
     """
-    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     is_on_cpu = hidden_states.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if is_compiled and is_on_cpu and type(layer) is nn.Linear:  # not an adapter in its place
+    if is_on_cpu and is_compiled(layer, nn.Linear):
         return nn.functional.linear(hidden_states, layer.weight) + layer.bias
     return layer(hidden_states)
 
@@ -337,7 +341,7 @@ class TwinsPositionEncoding(nn.Module):
         self.projection = nn.Conv2d(hidden_size, hidden_size, kernel_size=3, padding=1, groups=hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_compiled(self.projection, nn.Conv2d):
             return hidden_states + self.projection(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         # Nine taps that the compiler makes one loop of, over maps whose channels stay last.
         height, width = hidden_states.shape[1:3]

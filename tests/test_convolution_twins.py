@@ -47,6 +47,7 @@ PYRAMIDS = [
     [(13, 18), (7, 9), (2, 3)],
     [(9, 1), (5, 1), (1, 1)],
     [(1, 1), (1, 1), (6, 6)],  # as pooled maps may be: finer than the first
+    [(130, 67), (65, 34), (3, 70)],  # more positions than are resized at once
     [(5, 7)],
 ]
 
@@ -64,14 +65,28 @@ def test_the_convolution_of_a_pyramid_is_that_of_the_resized_and_concatenated_ma
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("length, coarse_length", [(128, 64), (171, 86), (257, 33), (65, 64), (200, 1), (70, 300)])
+def test_blocks_of_upsampling_leave_out_only_zeros(length, coarse_length):
+    like = torch.empty(0, dtype=torch.float64)
+    whole = convolution_twins.shifted_upsampling(length, coarse_length, like).transpose(1, 2).flatten(1)
+    filled = torch.zeros_like(whole)
+    for rows, columns, block in convolution_twins.upsampling_blocks(length, coarse_length, like):
+        filled[rows, columns] = block
+    assert torch.equal(filled, whole)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize("with_autocast", [False, True])
-def test_the_convolution_of_a_pyramid_stays_near_in_bfloat16(with_autocast):
+def test_the_convolution_of_a_pyramid_stays_near_in_bfloat16(with_autocast, with_gradients):
     levels = maps((16, 24), (8, 12), (4, 6), channels=(16, 16, 16), dtype=torch.float32)
     weight = weights(16, 48, 3, 3, dtype=torch.float32)
     expected = plain_pyramid(levels, weight)
     if not with_autocast:
         levels, weight = [level.bfloat16() for level in levels], weight.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=with_autocast):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=with_autocast),
+        torch.set_grad_enabled(with_gradients),
+    ):
         found = convolve_pyramid(levels, weight)
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).abs().max() < 0.03 * expected.abs().max()

@@ -38,11 +38,23 @@ OUTPUT_TRANSFORM = (
     (0, 1, 1, 4, 4, 0),
     (0, 1, -1, 8, -8, 1),
 )
+BLOCK = 64  # positions that are resized at once
 
 
 def resize(feature_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bilinear resizing of (B, C, H, W) to `size` (height, width), corners not aligned."""
     return nn.functional.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
+
+
+def add_resized(feature_map: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) plus (B, C, h, w) resized to its size; where there are no gradients, in place and some channels at
+    a time, in memory that is had already."""
+    size = feature_map.shape[2:]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or feature_map.device.type != "cpu":
+        return resize(coarser, size).add_(feature_map)
+    for some, coarse in zip(feature_map.split(128, dim=1), coarser.split(128, dim=1), strict=True):
+        some.add_(resize(coarse, size))
+    return feature_map
 
 
 def crop(feature_map: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -283,34 +295,41 @@ def convolve_pyramid(
 
     output = output.permute(0, 2, 3, 1)
     coarser = [level.permute(0, 2, 3, 1) for level in coarser]
-    rows = [shifted_upsampling(height, level.shape[1], output).flatten(1) for level in coarser]
-    columns = [shifted_upsampling(width, level.shape[2], output).transpose(1, 2).flatten(1) for level in coarser]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        rows = [shifted_upsampling(height, level.shape[1], output).flatten(1) for level in coarser]
+        columns = [shifted_upsampling(width, level.shape[2], output).transpose(1, 2).flatten(1) for level in coarser]
+        add = add_coarser_levels
+    else:
+        rows = [upsampling_blocks(height, level.shape[1], output) for level in coarser]
+        columns = [upsampling_blocks(width, level.shape[2], output) for level in coarser]
+        add = add_coarser_levels_in_place
     if torch.compiler.is_compiling():  # one graph, for any number of images
         taps = [taps_of(level_weight, scale) for level_weight in weights]
-        return add_coarser_levels(output, coarser, taps, rows, columns).permute(0, 3, 1, 2)
+        return add(output, coarser, taps, rows, columns).permute(0, 3, 1, 2)
 
     # Some channels of one image at a time, so that what lies between the products stays in cache.
-    write_back = not torch.is_grad_enabled()  # autograd would copy everything at each such write
     summed = []
     for start in range(0, weight.shape[0], 64):
         channels = slice(start, start + 64)
         taps = [
             taps_of(level_weight[channels], None if scale is None else scale[channels]) for level_weight in weights
         ]
-        images = []
-        for image, *levels in zip(*(level.split(1) for level in (output[..., channels], *coarser)), strict=True):
-            images.append(add_coarser_levels(image, levels, taps, rows, columns))
-            if write_back:
-                image.copy_(images.pop())
-        if not write_back:
+        images = zip(*(level.split(1) for level in (output[..., channels], *coarser)), strict=True)
+        images = [add(image, levels, taps, rows, columns) for image, *levels in images]
+        if torch.is_grad_enabled():
             summed.append(torch.cat(images))
-    return (output if write_back else torch.cat(summed, dim=-1)).permute(0, 3, 1, 2)
+    return (torch.cat(summed, dim=-1) if summed else output).permute(0, 3, 1, 2)
 
 
 def taps_of(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """(out, in, 3, 3) -> (3, 3, out, in), the outputs scaled."""
     taps = weight.permute(2, 3, 0, 1)
     return taps if scale is None else taps * scale[:, None]
+
+
+def tapped(level: torch.Tensor, taps: torch.Tensor, axis: int) -> torch.Tensor:
+    """(B, h, w, C) by taps (3, 3, group, C): (B, h, w * 3 * group), the rows of taps along a new `axis`."""
+    return torch.stack([nn.functional.linear(level, side.flatten(0, 1)).flatten(2) for side in taps], dim=axis)
 
 
 def add_coarser_levels(
@@ -325,9 +344,41 @@ def add_coarser_levels(
     batch_size, height, width, group = partial.shape
     total = partial.flatten(0, 1)
     for level, tap, row, column in zip(levels, taps, rows, columns, strict=True):
-        tapped = [nn.functional.linear(level, side.flatten(0, 1)).flatten(2) for side in tap]  # (B, h, w * 3 * group)
-        tapped = torch.stack(tapped, dim=1).flatten(1, 2)  # (B, 3 * h, w * 3 * group)
-        resized = torch.bmm(row.expand(batch_size, -1, -1), tapped)  # (B, H, w * 3 * group)
+        level = tapped(level, tap, axis=1).flatten(1, 2)  # (B, 3 * h, w * 3 * group)
+        resized = torch.bmm(row.expand(batch_size, -1, -1), level)  # (B, H, w * 3 * group)
         resized = resized.view(batch_size * height, -1, group)
         total = torch.baddbmm(total, column.expand(batch_size * height, -1, -1), resized)
     return total.view(batch_size, height, width, group)
+
+
+def upsampling_blocks(length: int, coarse_length: int, like: torch.Tensor) -> list[tuple[slice, slice, torch.Tensor]]:
+    """`shifted_upsampling` as a matrix (length, coarse_length * 3) in blocks without most of its zeros: the rows, the
+    columns, and the matrix there."""
+    matrix, blocks = shifted_upsampling(length, coarse_length, like).transpose(1, 2).flatten(1), []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        # The coarse position before the first one's left neighbour, and that before the last one's right neighbour.
+        first, last = (((2 * row + 1) * coarse_length - length) // (2 * length) for row in (start - 1, end))
+        rows, columns = slice(start, end), slice(3 * max(first, 0), 3 * min(last + 2, coarse_length))
+        blocks.append((rows, columns, matrix[rows, columns]))
+    return blocks
+
+
+def add_coarser_levels_in_place(
+    total: torch.Tensor,
+    levels: Sequence[torch.Tensor],
+    taps: Sequence[torch.Tensor],
+    rows: Sequence[list],
+    columns: Sequence[list],
+) -> None:
+    """`add_coarser_levels` to one image (1, H, W, group), by `upsampling_blocks`: the work then grows with the number
+    of positions, where that of whole matrices grows with its square."""
+    _, height, _, group = total.shape
+    for level, tap, row_blocks, column_blocks in zip(levels, taps, rows, columns, strict=True):
+        level = tapped(level, tap, axis=2)[0].flatten(0, 1)  # (h * 3, w * 3 * group)
+        resized = level.new_empty(height, level.shape[1])
+        for positions, coarse, matrix in row_blocks:
+            torch.mm(matrix, level[coarse], out=resized[positions])
+        resized = resized.unflatten(1, (-1, group))  # (H, w * 3, group)
+        for positions, coarse, matrix in column_blocks:
+            total[0, :, positions].baddbmm_(matrix.expand(height, -1, -1), resized[:, coarse])

@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_twins import TwinsConfig
-from .convolution_twins import convolve, convolve_pyramid, crop, resize
+from .convolution_twins import add_resized, convolve, convolve_pyramid, crop, resize
 from .loss_twins import resized_cross_entropy
 
 
@@ -665,8 +665,7 @@ class TwinsUperNetHead(nn.Module):
 
         coarser = top
         for level in reversed(range(len(laterals))):
-            coarser = resize(coarser, laterals[level].shape[-2:]).add_(laterals[level])
-            laterals[level] = coarser
+            coarser = laterals[level] = add_resized(laterals[level], coarser)
 
         levels = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=True)]
         return self.classifier(self.dropout(self.fpn_bottleneck(*levels, top)))

@@ -65,6 +65,24 @@ def test_the_convolution_of_a_pyramid_is_that_of_the_resized_and_concatenated_ma
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("sizes", [((16, 24), (8, 12)), ((13, 18), (7, 9)), ((1, 5), (1, 3)), ((1, 1), (1, 1))])
+def test_a_resized_map_is_added_in_pieces_as_in_one_with_its_gradients(sizes):
+    feature_map, coarser = maps(*sizes, channels=(300, 300))
+
+    def plain(feature_map, coarser):
+        return feature_map + resize(coarser, sizes[0])
+
+    found, expected = (
+        gradients(function, feature_map, coarser) for function in (convolution_twins.add_resized, plain)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            inputs = [each.clone(memory_format=memory_format) for each in (feature_map, coarser)]
+            torch.testing.assert_close(convolution_twins.add_resized(*inputs), expected[0])
+
+
 @pytest.mark.parametrize("length, coarse_length", [(128, 64), (171, 86), (257, 33), (65, 64), (200, 1), (70, 300)])
 def test_blocks_of_upsampling_leave_out_only_zeros(length, coarse_length):
     like = torch.empty(0, dtype=torch.float64)

@@ -86,7 +86,7 @@ def test_a_resized_map_is_added_in_pieces_as_in_one_with_its_gradients(sizes):
 @pytest.mark.parametrize("length, coarse_length", [(128, 64), (171, 86), (257, 33), (65, 64), (200, 1), (70, 300)])
 def test_blocks_of_upsampling_leave_out_only_zeros(length, coarse_length):
     like = torch.empty(0, dtype=torch.float64)
-    whole = convolution_twins.shifted_upsampling(length, coarse_length, like).transpose(1, 2).flatten(1)
+    whole = convolution_twins.shifted_upsampling(length, coarse_length, like)
     filled = torch.zeros_like(whole)
     for rows, columns, block in convolution_twins.upsampling_blocks(length, coarse_length, like):
         filled[rows, columns] = block

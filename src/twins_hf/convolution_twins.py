@@ -50,7 +50,7 @@ def add_resized(feature_map: torch.Tensor, coarser: torch.Tensor) -> torch.Tenso
     """(B, C, H, W) plus (B, C, h, w) resized to its size; where there are no gradients, in place and some channels at
     a time, in memory that is had already."""
     size = feature_map.shape[2:]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or feature_map.device.type != "cpu":
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return resize(coarser, size).add_(feature_map)
     for some, coarse in zip(feature_map.split(128, dim=1), coarser.split(128, dim=1), strict=True):
         some.add_(resize(coarse, size))
@@ -252,14 +252,14 @@ def convolve(
 
 
 def shifted_upsampling(length: int, coarse_length: int, like: torch.Tensor) -> torch.Tensor:
-    """(length, 3, coarse_length): one axis's bilinear resizing (corners not aligned), then its shift by each of the
+    """(length, coarse_length * 3): one axis's bilinear resizing (corners not aligned), then its shift by each of the
     three taps of a convolution, zeros moving in at the ends."""
-    position = torch.arange(length, device=like.device)[:, None] + torch.arange(-1, 2, device=like.device)
+    position = torch.arange(length, device=like.device)[:, None, None] + torch.arange(-1, 2, device=like.device)
     dtype = torch.promote_types(like.dtype, torch.float32)
     source = ((position.to(dtype) + 0.5) * coarse_length / length - 0.5).clamp(0, coarse_length - 1)
-    weights = 1 - (source[..., None] - torch.arange(coarse_length, device=like.device)).abs()
+    weights = 1 - (source - torch.arange(coarse_length, device=like.device)[:, None]).abs()
     is_inside = (position >= 0) & (position < length)
-    return (weights.clamp(min=0) * is_inside[..., None]).to(like.dtype)
+    return (weights.clamp(min=0) * is_inside).to(like.dtype).flatten(1)
 
 
 def convolve_pyramid(
@@ -296,13 +296,11 @@ def convolve_pyramid(
     output = output.permute(0, 2, 3, 1)
     coarser = [level.permute(0, 2, 3, 1) for level in coarser]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        rows = [shifted_upsampling(height, level.shape[1], output).flatten(1) for level in coarser]
-        columns = [shifted_upsampling(width, level.shape[2], output).transpose(1, 2).flatten(1) for level in coarser]
-        add = add_coarser_levels
+        upsampling, add = shifted_upsampling, add_coarser_levels
     else:
-        rows = [upsampling_blocks(height, level.shape[1], output) for level in coarser]
-        columns = [upsampling_blocks(width, level.shape[2], output) for level in coarser]
-        add = add_coarser_levels_in_place
+        upsampling, add = upsampling_blocks, add_coarser_levels_in_place
+    rows = [upsampling(height, level.shape[1], output) for level in coarser]
+    columns = [upsampling(width, level.shape[2], output) for level in coarser]
     if torch.compiler.is_compiling():  # one graph, for any number of images
         taps = [taps_of(level_weight, scale) for level_weight in weights]
         return add(output, coarser, taps, rows, columns).permute(0, 3, 1, 2)
@@ -327,9 +325,10 @@ def taps_of(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return taps if scale is None else taps * scale[:, None]
 
 
-def tapped(level: torch.Tensor, taps: torch.Tensor, axis: int) -> torch.Tensor:
-    """(B, h, w, C) by taps (3, 3, group, C): (B, h, w * 3 * group), the rows of taps along a new `axis`."""
-    return torch.stack([nn.functional.linear(level, side.flatten(0, 1)).flatten(2) for side in taps], dim=axis)
+def tapped(level: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """(B, h, w, C) by taps (3, 3, group, C): (B, h * 3, w * 3 * group)."""
+    by_rows_of_taps = [nn.functional.linear(level, side.flatten(0, 1)).flatten(2) for side in taps]
+    return torch.stack(by_rows_of_taps, dim=2).flatten(1, 2)
 
 
 def add_coarser_levels(
@@ -340,21 +339,19 @@ def add_coarser_levels(
     columns: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """(B, H, W, group), plus what each level (B, h, w, C) contributes through its taps (3, 3, group, C), resized by
-    (H, 3 * h) and (W, w * 3)."""
+    (H, h * 3) and (W, w * 3)."""
     batch_size, height, width, group = partial.shape
     total = partial.flatten(0, 1)
     for level, tap, row, column in zip(levels, taps, rows, columns, strict=True):
-        level = tapped(level, tap, axis=1).flatten(1, 2)  # (B, 3 * h, w * 3 * group)
-        resized = torch.bmm(row.expand(batch_size, -1, -1), level)  # (B, H, w * 3 * group)
+        resized = torch.bmm(row.expand(batch_size, -1, -1), tapped(level, tap))  # (B, H, w * 3 * group)
         resized = resized.view(batch_size * height, -1, group)
         total = torch.baddbmm(total, column.expand(batch_size * height, -1, -1), resized)
     return total.view(batch_size, height, width, group)
 
 
 def upsampling_blocks(length: int, coarse_length: int, like: torch.Tensor) -> list[tuple[slice, slice, torch.Tensor]]:
-    """`shifted_upsampling` as a matrix (length, coarse_length * 3) in blocks without most of its zeros: the rows, the
-    columns, and the matrix there."""
-    matrix, blocks = shifted_upsampling(length, coarse_length, like).transpose(1, 2).flatten(1), []
+    """`shifted_upsampling` in blocks without most of its zeros: the rows, the columns, and the matrix there."""
+    matrix, blocks = shifted_upsampling(length, coarse_length, like), []
     for start in range(0, length, BLOCK):
         end = min(start + BLOCK, length)
         # The coarse position before the first one's left neighbour, and that before the last one's right neighbour.
@@ -375,7 +372,7 @@ def add_coarser_levels_in_place(
     of positions, where that of whole matrices grows with its square."""
     _, height, _, group = total.shape
     for level, tap, row_blocks, column_blocks in zip(levels, taps, rows, columns, strict=True):
-        level = tapped(level, tap, axis=2)[0].flatten(0, 1)  # (h * 3, w * 3 * group)
+        level = tapped(level, tap)[0]
         resized = level.new_empty(height, level.shape[1])
         for positions, coarse, matrix in row_blocks:
             torch.mm(matrix, level[coarse], out=resized[positions])

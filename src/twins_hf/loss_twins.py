@@ -19,7 +19,7 @@ class ResizedCrossEntropy(torch.autograd.Function):
         _, num_labels, height, width = logits.shape
         dtype = torch.promote_types(logits.dtype, torch.float32)
         size, total = labels.shape[-2:], logits.new_zeros((), dtype=dtype)
-        upsampling = shifted_upsampling(size[0], height, total)[:, 1]  # (H, h)
+        upsampling = shifted_upsampling(size[0], height, total)[:, 1::3].contiguous()  # the middle taps: (H, h)
         positions = logits.to(dtype).permute(0, 2, 3, 1).flatten(2)  # (B, h, w * num_labels)
         gradient = torch.zeros_like(positions) if ctx.needs_input_grad[0] else None
         num_rows = max(1, 2**22 // (size[1] * num_labels))

@@ -18,6 +18,7 @@ from twins_hf import (
     TwinsModel,
 )
 from twins_hf.configuration_twins import VARIANTS
+from twins_hf.modeling_twins import TwinsConvModule, TwinsMLP
 
 SIZES = [(32, 32), (64, 96), (61, 130), (224, 224)]
 
@@ -386,6 +387,48 @@ def test_drop_path_rises_linearly_and_drops_whole_samples():
     assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.3])
     assert kept.mean().item() == pytest.approx(1.0, abs=0.1)
     assert torch.equal(kept.amax((1, 2, 3)), kept.amin((1, 2, 3)))
+
+
+@pytest.mark.parametrize("dropout_prob", [0.0, 0.5])
+def test_the_mlp_keeps_one_widened_map_and_has_its_gradients(dropout_prob):
+    mlp = TwinsMLP(TwinsConfig(**TINY, hidden_dropout_prob=dropout_prob), stage_idx=0).double().train()
+    hidden_states = torch.randn(2, 5, 3, mlp.fc1.in_features, dtype=torch.float64, requires_grad=True)
+    widened, kept = (2, 5, 3, mlp.fc1.out_features), []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    inputs = (hidden_states, *mlp.parameters())
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = mlp(hidden_states)
+    assert kept.count(math.prod(widened)) == 1
+
+    torch.manual_seed(0)
+    plain = F.dropout(F.gelu(F.linear(hidden_states, mlp.fc1.weight, mlp.fc1.bias)), dropout_prob)
+    plain = F.dropout(F.linear(plain, mlp.fc2.weight, mlp.fc2.bias), dropout_prob)
+    torch.testing.assert_close(output, plain)
+    given = torch.randn_like(output)
+    torch.testing.assert_close(torch.autograd.grad(output, inputs, given), torch.autograd.grad(plain, inputs, given))
+
+
+@pytest.mark.parametrize("norm", ["of the batch", "running"])
+def test_dropout_of_channels_is_that_after_relu_with_its_gradients(norm):
+    module = TwinsConvModule(8, 6, kernel_size=3, dropout_prob=0.5).double()
+    randomize(module)
+    module.train().batch_norm.train(norm == "of the batch")
+    feature_map = torch.randn(5, 8, 9, 7, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    dropped = module(feature_map)
+    kept = dropped.ne(0).any(dim=(2, 3))
+    assert 5 < kept.sum() < 25
+
+    plain = module.batch_norm(F.conv2d(feature_map, module.conv.weight, padding=1)).relu() * 2 * kept[..., None, None]
+    torch.testing.assert_close(dropped, plain)
+    inputs = (feature_map, module.conv.weight, module.batch_norm.weight)
+    given = torch.randn_like(dropped)
+    torch.testing.assert_close(torch.autograd.grad(dropped, inputs, given), torch.autograd.grad(plain, inputs, given))
 
 
 def test_a_saved_model_loads_as_safetensors_through_the_auto_classes(tiny_model, tmp_path):

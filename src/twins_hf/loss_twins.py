@@ -22,7 +22,7 @@ class ResizedCrossEntropy(torch.autograd.Function):
         upsampling = shifted_upsampling(size[0], height, total)[:, 1::3].contiguous()  # the middle taps: (H, h)
         positions = logits.to(dtype).permute(0, 2, 3, 1).flatten(2)  # (B, h, w * num_labels)
         gradient = torch.zeros_like(positions) if ctx.needs_input_grad[0] else None
-        num_rows = max(1, 2**22 // (size[1] * num_labels))
+        num_rows = max(1, 2**20 // (size[1] * num_labels))
         with torch.autocast(logits.device.type, enabled=False):
             for image, image_labels in enumerate(labels):
                 for rows, band_labels in zip(upsampling.split(num_rows), image_labels.split(num_rows), strict=True):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
@@ -282,9 +283,15 @@ class TwinsMLP(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def activate_and_narrow(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(linear(self.fc2, self.dropout(self.activation_fn(hidden_states))))
+
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(self.activation_fn(linear(self.fc1, hidden_states)))
-        return self.dropout(linear(self.fc2, hidden_states))
+        hidden_states = linear(self.fc1, hidden_states)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The way back computes the activation again, which would be the second of two wide maps that are kept.
+            return checkpoint(self.activate_and_narrow, hidden_states, use_reentrant=False)
+        return self.activate_and_narrow(hidden_states)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
@@ -564,15 +571,18 @@ class TwinsForImageClassification(TwinsPreTrainedModel):
 
 class TwinsConvModule(nn.Module):
     """
-    Convolution without bias that keeps the size, batch norm, ReLU: (B, C, H, W) -> (B, C', H, W).
+    Convolution without bias that keeps the size, batch norm, ReLU and dropout of whole channels: (B, C, H, W) ->
+    (B, C', H, W).
 
-    Several maps are taken as the levels of a pyramid: resized to the first one's size and concatenated.
+    Several maps are taken as the levels of a pyramid: resized to the first one's size and concatenated. Dropout is as
+    well done before ReLU, where it needs no map of its own.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dropout_prob: float = 0.0):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.batch_norm = nn.BatchNorm2d(out_channels)
+        self.dropout = nn.Dropout2d(dropout_prob, inplace=True)
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, *levels: torch.Tensor) -> torch.Tensor:
@@ -580,12 +590,12 @@ class TwinsConvModule(nn.Module):
             # An adapter has put its own layer here, or the weights are elsewhere until the layer itself is called.
             size = levels[0].shape[-2:]
             levels = torch.cat([levels[0], *(resize(level, size) for level in levels[1:])], dim=1)
-            return self.activation(self.batch_norm(self.conv(levels)))
+            return self.activation(self.dropout(self.batch_norm(self.conv(levels))))
         if self.batch_norm.training or self.batch_norm.running_mean is None:
-            return self.activation(self.batch_norm(convolve_pyramid(levels, self.conv.weight)))
-        output = convolve_pyramid(levels, self.conv.weight, *self.folded_norm()).permute(0, 2, 3, 1)
+            return self.activation(self.dropout(self.batch_norm(convolve_pyramid(levels, self.conv.weight))))
+        output = self.dropout(convolve_pyramid(levels, self.conv.weight, *self.folded_norm()))
         # An exported program drops one permutation that undoes another, where nothing lies between them.
-        return self.activation(output).permute(0, 3, 1, 2)
+        return self.activation(output.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def folded_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What batch norm multiplies each channel by and then adds to it, by its running statistics."""
@@ -654,8 +664,8 @@ class TwinsUperNetHead(nn.Module):
             TwinsConvModule(channels, width, kernel_size=1) for channels in config.hidden_sizes[:-1]
         )
         self.fpn_convs = nn.ModuleList(TwinsConvModule(width, width, kernel_size=3) for _ in config.hidden_sizes[:-1])
-        self.fpn_bottleneck = TwinsConvModule(len(config.hidden_sizes) * width, width, kernel_size=3)
-        self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
+        in_channels, dropout_prob = len(config.hidden_sizes) * width, config.classifier_dropout_prob
+        self.fpn_bottleneck = TwinsConvModule(in_channels, width, kernel_size=3, dropout_prob=dropout_prob)
         self.classifier = TwinsPixelClassifier(width, config.num_labels)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -668,7 +678,7 @@ class TwinsUperNetHead(nn.Module):
             coarser = laterals[level] = add_resized(laterals[level], coarser)
 
         levels = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=True)]
-        return self.classifier(self.dropout(self.fpn_bottleneck(*levels, top)))
+        return self.classifier(self.fpn_bottleneck(*levels, top))
 
 
 class TwinsSemanticFPNHead(nn.Module):
@@ -719,12 +729,12 @@ class TwinsAuxiliaryHead(nn.Module):
 
     def __init__(self, config: TwinsConfig):
         super().__init__()
-        self.conv = TwinsConvModule(config.hidden_sizes[2], config.auxiliary_channels, kernel_size=3)
-        self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
-        self.classifier = TwinsPixelClassifier(config.auxiliary_channels, config.num_labels)
+        width, dropout_prob = config.auxiliary_channels, config.classifier_dropout_prob
+        self.conv = TwinsConvModule(config.hidden_sizes[2], width, kernel_size=3, dropout_prob=dropout_prob)
+        self.classifier = TwinsPixelClassifier(width, config.num_labels)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self.classifier(self.dropout(self.conv(feature_maps[2])))
+        return self.classifier(self.conv(feature_maps[2]))
 
 
 @dataclass

@@ -367,7 +367,7 @@ def add_coarser_levels_in_place(
     taps: Sequence[torch.Tensor],
     rows: Sequence[list],
     columns: Sequence[list],
-) -> None:
+) -> torch.Tensor:
     """`add_coarser_levels` to one image (1, H, W, group), by `upsampling_blocks`: the work then grows with the number
     of positions, where that of whole matrices grows with its square."""
     _, height, _, group = total.shape
@@ -379,3 +379,4 @@ def add_coarser_levels_in_place(
         resized = resized.unflatten(1, (-1, group))  # (H, w * 3, group)
         for positions, coarse, matrix in column_blocks:
             total[0, :, positions].baddbmm_(matrix.expand(height, -1, -1), resized[:, coarse])
+    return total

@@ -287,14 +287,13 @@ class TwinsMLP(nn.Module):
         return self.dropout(linear(self.fc2, self.dropout(self.activation_fn(hidden_states))))
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = linear(self.fc1, hidden_states)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The way back computes the activation again, which would be the second of two wide maps that are kept.
-            return checkpoint(self.activate_and_narrow, hidden_states, use_reentrant=False)
-        return self.activate_and_narrow(hidden_states)
+        return self.activate_and_narrow(linear(self.fc1, hidden_states))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The way back computes the activation again, which would be the second of two wide maps that are kept.
+            return checkpoint(self.activate_and_narrow, linear(self.fc1, hidden_states), use_reentrant=False)
+        if torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
             return self.project(hidden_states)
         # Some positions at a time: what lies between the products stays in cache, and in memory that is had already.
         positions = hidden_states.flatten(0, -2).split(max(1, 2**19 // self.fc1.out_features))
